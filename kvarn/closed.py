@@ -1,0 +1,128 @@
+"""The record of method "kvarn": closed-form normalization and unbiased rounding of one tile, K [G, D] and V [G, D].
+
+    keys    kt[t] = rms over channels;  u = K / kt;  per channel kz = min u, ks = (max u - kz) / (2^b - 1) rounded up
+            K_hat[t,d] = (q[t,d] * ks[d] + kz[d]) * kt[t]
+    values  m = mean over tokens of V[t] / |V[t]|;  w[t] = <V[t], m> / <m, m>;  Z = V - w m
+            c[t,d] = floor(Z / (step * rms(Z[t]))) + 1/2, clamped;  vt[t] = <Z, Z> / <Z, c>
+            V_hat[t,d] = c[t,d] * vt[t] + w[t] * m[d], and the tokens of smallest |V| exactly
+
+Codes are made with the rounded scales. vt makes <Z, Z_hat> = <Z, Z>: the MSE-optimal step alone shrinks every value, and
+that bias does not average out over the tokens an attention sums (docs/accuracy.md). Steps: J. Max, "Quantizing for
+minimum distortion", 1960 (uniform midrise quantizer of a unit Gaussian).
+"""
+
+import torch
+from torch import Tensor
+
+from kvarn import float8
+from kvarn.layout import StoreLayout
+from kvarn.packing import pack, unpack
+
+GAUSSIAN_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352}
+KS_UNIT = 1.0 / 64
+"""ks is stored in e4m3 in units of this: it keeps channels of small range clear of e4m3's subnormals."""
+
+_TINY = 1e-30
+
+
+def encode(k: Tensor, v: Tensor, layout: StoreLayout) -> Tensor:
+    """Tiles k, v [..., G, D] float32 in the store frame, finite, to records [..., record_bytes] uint8."""
+    record = k.new_zeros((*k.shape[:-2], layout.record_bytes), dtype=torch.uint8)
+    _encode_keys(k, record, layout)
+    _encode_values(v, record, layout)
+    return record
+
+
+def decode(record: Tensor, layout: StoreLayout) -> tuple[Tensor, Tensor]:
+    """Records [..., record_bytes] back to tiles K_hat, V_hat [..., G, D] float32 in the store frame."""
+    spec, f = layout.spec, layout.record
+    codes = unpack(f["k_codes"].of(record), spec.k_bits).float()
+    k = (codes * key_steps(record, layout)[..., None, :] + f["kz"].of(record).float()[..., None, :])
+    k = k * f["kt"].of(record).float()[..., None]
+    codes = unpack(f["v_codes"].of(record).transpose(-1, -2), spec.v_bits).float()
+    vt, w, m = value_scales(record, layout)
+    v = (codes - (2**spec.v_bits - 1) / 2) * vt[..., None] + w[..., None] * m[..., None, :]
+    if spec.exact_rows:
+        at = f["exact_at"].of(record).long()[..., None].expand(*record.shape[:-1], spec.exact_rows, layout.head_dim)
+        v = v.scatter_add(-2, at, f["exact"].of(record).float())
+    return k, v
+
+
+def key_steps(record: Tensor, layout: StoreLayout) -> Tensor:
+    """ks [..., D] float32."""
+    ks = layout.record["ks"].of(record).float()
+    return ks if layout.spec.k_bits > 4 else ks * KS_UNIT
+
+
+def value_scales(record: Tensor, layout: StoreLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """vt [..., G], w [..., G] and m [..., D], float32; vt and w are zero for exact tokens, whose row is added instead."""
+    f = layout.record
+    scalars = f["scalars"].of(record)
+    return (f["vt"].of(record).float() * scalars[..., 0:1], f["w"].of(record).float() * scalars[..., 1:2],
+            f["m"].of(record).float())
+
+
+def _encode_keys(k: Tensor, record: Tensor, layout: StoreLayout) -> None:
+    f, top = layout.record, 2**layout.spec.k_bits - 1
+    f["kt"].of(record).copy_(k.square().mean(-1).sqrt().clamp(max=65504.0))
+    kt = f["kt"].of(record).float()[..., None]
+    u = k / torch.where(kt > 0, kt, 1.0)
+    f["kz"].of(record).copy_(u.amin(-2))
+    kz = f["kz"].of(record).float()
+    step = (u.amax(-2) - kz).clamp_min(0) / top
+    if layout.spec.k_bits > 4:
+        f["ks"].of(record).copy_(float8.upward_half(step))
+    else:
+        f["ks"].of(record).view(torch.uint8).copy_(float8.upward(step / KS_UNIT).view(torch.uint8))
+    ks = key_steps(record, layout)
+    codes = ((u - kz[..., None, :]) / ks.clamp_min(_TINY)[..., None, :]).round().clamp(0, top)
+    f["k_codes"].of(record).copy_(pack(codes, layout.spec.k_bits))
+
+
+def _encode_values(v: Tensor, record: Tensor, layout: StoreLayout) -> None:
+    f, spec = layout.record, layout.spec
+    half = (2**spec.v_bits - 1) / 2
+    norm = v.square().sum(-1)
+    at = norm.topk(spec.exact_rows, -1, largest=False).indices
+    if spec.exact_rows:
+        f["exact_at"].of(record).copy_(at)
+        rows = v.gather(-2, at[..., None].expand(*at.shape, layout.head_dim))
+        f["exact"].of(record).copy_(rows.clamp(-65504.0, 65504.0))
+    _set_e4m3(f["m"].of(record), _scaled(_mean_direction(v, norm))[0])
+    m = f["m"].of(record).float()
+    w = (v @ m[..., None])[..., 0] / m.square().sum(-1, keepdim=True).clamp_min(_TINY)
+    w, w_unit = _scaled(w.scatter(-1, at, 0))
+    _set_e4m3(f["w"].of(record), w)
+    z = v - (f["w"].of(record).float() * w_unit)[..., None] * m[..., None, :]
+    codes = (z / _value_step(z, spec.v_bits).clamp_min(_TINY)).floor().add_(0.5).clamp_(-half, half)
+    f["v_codes"].of(record).copy_(pack(codes + half, spec.v_bits).transpose(-1, -2))
+    gain = z.square().sum(-1) / (z * codes).sum(-1).clamp_min(_TINY)
+    gain, vt_unit = _scaled(gain.scatter(-1, at, 0))
+    if spec.v_bits > 2:
+        f["vt"].of(record).copy_(gain)
+    else:
+        _set_e4m3(f["vt"].of(record), gain)
+    f["scalars"].of(record)[..., 0:1] = vt_unit
+    f["scalars"].of(record)[..., 1:2] = w_unit
+
+
+def _mean_direction(v: Tensor, norm: Tensor) -> Tensor:
+    """Mean over tokens [..., D] of the unit vectors of v [..., G, D]."""
+    return (v / norm.sqrt().clamp_min(_TINY)[..., None]).mean(-2)
+
+
+def _value_step(z: Tensor, bits: int) -> Tensor:
+    """Rounding step per token [..., G, 1]: MSE-optimal for a Gaussian up to 4 bits, the whole range at 8."""
+    if bits in GAUSSIAN_STEP:
+        return z.square().mean(-1, keepdim=True).sqrt() * GAUSSIAN_STEP[bits]
+    return z.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 0.5)
+
+
+def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., n] over its unit [..., 1], the unit such that the largest magnitude becomes e4m3's largest value."""
+    unit = x.abs().amax(-1, keepdim=True) / float8.MAX
+    return x / torch.where(unit > 0, unit, 1.0), unit
+
+
+def _set_e4m3(view: Tensor, x: Tensor) -> None:
+    view.view(torch.uint8).copy_(float8.nearest(x).view(torch.uint8))

@@ -1,0 +1,79 @@
+"""Attention of one new token over records without dequantizing them: scales fold into the small operands.
+
+    scores = ((q * ks) codes^T + q kz^T) * kt
+    out    = (P * vt) codes_v - center * sum(P * vt) + sum(P * w) m + P[exact] V[exact]
+
+The tensor products run on raw codes (docs/design.md, "The algebra"), as the GPU kernel's do.
+"""
+
+import torch
+from torch import Tensor
+
+from kvarn.closed import key_steps, value_scales
+from kvarn.layout import StoreLayout
+from kvarn.packing import unpack
+from kvarn.quantize import read_tail
+
+
+def attend_one(q: Tensor, records: Tensor, tail: Tensor, opened: Tensor, mask: Tensor | None, tokens: int, scale: float,
+               layout: StoreLayout) -> Tensor:
+    """Attention of one query token per row, in the store frame.
+
+    Args:
+        q: [B, Hq, 1, D] float32; records [B, H, T, record_bytes]; tail [B, H, tail_bytes].
+        opened: [B], the tile among these T whose tokens are in the tail (any other value: none of them).
+        mask: as in kvarn::attend, over the first `tokens` of the T * G positions.
+
+    Returns:
+        [B, Hq, 1, D] float32.
+    """
+    heads, group = records.shape[1], layout.spec.group
+    grouped = q.squeeze(2).unflatten(1, (heads, -1))
+    tail_k, tail_v = read_tail(tail, layout)
+    rows = ((opened >= 0) & (opened < records.shape[2])).nonzero().flatten()
+    scores = _scores(grouped, records, layout)
+    scores[rows, :, :, opened[rows]] = (grouped @ tail_k.transpose(-1, -2))[rows]
+    weights = _softmax(scores.flatten(-2)[..., :tokens] * scale, mask)
+    weights = torch.nn.functional.pad(weights, (0, scores.shape[-2] * group - tokens)).unflatten(-1, (-1, group))
+    out = torch.zeros_like(grouped)
+    out[rows] = weights[rows, :, :, opened[rows]] @ tail_v[rows]
+    weights[rows, :, :, opened[rows]] = 0
+    return (out + _outputs(weights, records, layout)).flatten(1, 2).unsqueeze(2)
+
+
+def _scores(q: Tensor, records: Tensor, layout: StoreLayout) -> Tensor:
+    """q [B, H, g, D] against the keys of records [B, H, T, record_bytes]: [B, H, g, T, G]."""
+    f = layout.record
+    codes = unpack(f["k_codes"].of(records), layout.spec.k_bits).float()
+    folded = q[:, :, None] * key_steps(records, layout)[:, :, :, None]
+    zeros = f["kz"].of(records).float() @ q.transpose(-1, -2)
+    scores = (codes @ folded.transpose(-1, -2) + zeros[..., None, :]) * f["kt"].of(records).float()[..., None]
+    return scores.permute(0, 1, 4, 2, 3).contiguous()
+
+
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax over the last dimension of [B, H, g, S]; a row that sees nothing gives zeros."""
+    if mask is None:
+        return scores.softmax(-1)
+    heads, group = scores.shape[1:3]
+    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape).squeeze(2)
+    mask = mask.unflatten(1, (heads, group)) if mask.shape[1] == heads * group else mask[:, :, None]
+    if mask.dtype == torch.bool:
+        return torch.nan_to_num(scores.masked_fill(~mask, -torch.inf).softmax(-1), nan=0.0)
+    return torch.nan_to_num((scores + mask).softmax(-1), nan=0.0)
+
+
+def _outputs(weights: Tensor, records: Tensor, layout: StoreLayout) -> Tensor:
+    """weights [B, H, g, T, G] times the values of records: [B, H, g, D]."""
+    f, spec = layout.record, layout.spec
+    vt, w, m = value_scales(records, layout)
+    weights = weights.transpose(2, 3)
+    folded = weights * vt[..., None, :]
+    codes = unpack(f["v_codes"].of(records), spec.v_bits, dim=-2).float()
+    out = (codes @ folded.transpose(-1, -2)).sum(2).transpose(-1, -2)
+    out -= folded.sum((2, 4))[..., None] * ((2**spec.v_bits - 1) / 2)
+    out += (weights @ w[..., None])[..., 0].transpose(-1, -2) @ m
+    if spec.exact_rows:
+        at = f["exact_at"].of(records).long()[..., None, :].expand(*weights.shape[:-1], spec.exact_rows)
+        out += (weights.gather(-1, at) @ f["exact"].of(records).float()).sum(2)
+    return out

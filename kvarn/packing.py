@@ -1,0 +1,39 @@
+"""Planar packing of integer codes into bytes, along the last dimension.
+
+With b = 1, 2, 4 or 8 bits a byte holds the codes of elements j, j + n, j + 2n, ... (n = elements * b / 8), lowest bits
+first: each plane is one contiguous slice, so a kernel multiplies it without shuffling. 3 bits are packed as the low
+two bits followed by the high one.
+"""
+
+import torch
+from torch import Tensor
+
+_PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes [..., n] (any integer dtype, 0 <= code < 2^bits) to bytes [..., n * bits / 8] uint8."""
+    codes, parts = codes.to(torch.uint8), []
+    for width in _PARTS[bits]:
+        planes = (codes & ((1 << width) - 1)).unflatten(-1, (8 // width, -1))
+        packed = planes[..., 0, :].clone()
+        for plane in range(1, 8 // width):
+            packed |= planes[..., plane, :] << (plane * width)
+        parts.append(packed)
+        codes = codes >> width if width < 8 else codes
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
+def unpack(packed: Tensor, bits: int, dim: int = -1) -> Tensor:
+    """Bytes uint8 with n * bits / 8 entries along `dim` back to codes uint8 with n entries."""
+    elements = packed.shape[dim] * 8 // bits
+    codes, shift, start = None, 0, 0
+    for width in _PARTS[bits]:
+        length = elements * width // 8
+        part = packed.narrow(dim, start, length)
+        if width < 8:
+            part = torch.cat([(part >> (i * width)) & ((1 << width) - 1) for i in range(8 // width)], dim)
+        codes = part if codes is None else codes | (part << shift)
+        shift, start = shift + width, start + length
+    assert codes is not None
+    return codes
