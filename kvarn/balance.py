@@ -35,7 +35,8 @@ def from_samples(q: Tensor, k: Tensor, group: int = 128) -> Tensor:
     return _unit_mean((_floored(_pair_mean(queries), queries) / _floored(_pair_mean(keys), keys)).pow(0.25))
 
 
-def from_weights(weight: Tensor, bias: Tensor, norm_weight: Tensor | None, inv_freq: Tensor, group: int = 128) -> Tensor:
+def from_weights(weight: Tensor, bias: Tensor, norm_weight: Tensor | None, inv_freq: Tensor,
+                 group: int = 128) -> Tensor:
     """The scales [H, D] of all KV heads from the key projection's constants; pairs are (j, j + D/2).
 
     Args:

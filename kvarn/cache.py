@@ -45,7 +45,8 @@ class PackedCache:
         if balance is not None and balance.shape != (heads, head_dim):
             raise ShapeError(f"balance {tuple(balance.shape)}; valid: {(heads, head_dim)}")
         balance = unit_balance(heads, head_dim, device) if balance is None else balance.to(device, torch.float32)
-        records = torch.zeros(rows, heads, layout.tiles(capacity), layout.record_bytes, dtype=torch.uint8, device=device)
+        shape = (rows, heads, layout.tiles(capacity), layout.record_bytes)
+        records = torch.zeros(shape, dtype=torch.uint8, device=device)
         tail = torch.zeros(rows, heads, layout.tail_bytes, dtype=torch.uint8, device=device)
         return cls(records, tail, torch.zeros(rows, dtype=torch.int64, device=device), balance, layout, capacity)
 

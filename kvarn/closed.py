@@ -6,8 +6,8 @@
             c[t,d] = floor(Z / (step * rms(Z[t]))) + 1/2, clamped;  vt[t] = <Z, Z> / <Z, c>
             V_hat[t,d] = c[t,d] * vt[t] + w[t] * m[d], and the tokens of smallest |V| exactly
 
-Codes are made with the rounded scales. vt makes <Z, Z_hat> = <Z, Z>: the MSE-optimal step alone shrinks every value, and
-that bias does not average out over the tokens an attention sums (docs/accuracy.md). Steps: J. Max, "Quantizing for
+Codes are made with the rounded scales. vt makes <Z, Z_hat> = <Z, Z>: the MSE-optimal step alone shrinks every value,
+and that bias does not average out over the tokens an attention sums (docs/accuracy.md). Steps: J. Max, "Quantizing for
 minimum distortion", 1960 (uniform midrise quantizer of a unit Gaussian).
 """
 
@@ -16,12 +16,9 @@ from torch import Tensor
 
 from kvarn import float8
 from kvarn.layout import StoreLayout
-from kvarn.packing import pack, unpack
+from kvarn.packing import pack_keys, pack_values, unpack_keys, unpack_values
 
 GAUSSIAN_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352}
-KS_UNIT = 1.0 / 64
-"""ks is stored in e4m3 in units of this: it keeps channels of small range clear of e4m3's subnormals."""
-
 _TINY = 1e-30
 
 
@@ -36,10 +33,10 @@ def encode(k: Tensor, v: Tensor, layout: StoreLayout) -> Tensor:
 def decode(record: Tensor, layout: StoreLayout) -> tuple[Tensor, Tensor]:
     """Records [..., record_bytes] back to tiles K_hat, V_hat [..., G, D] float32 in the store frame."""
     spec, f = layout.spec, layout.record
-    codes = unpack(f["k_codes"].of(record), spec.k_bits).float()
+    codes = unpack_keys(f["k_codes"].of(record), spec.k_bits).float()
     k = (codes * key_steps(record, layout)[..., None, :] + f["kz"].of(record).float()[..., None, :])
     k = k * f["kt"].of(record).float()[..., None]
-    codes = unpack(f["v_codes"].of(record).transpose(-1, -2), spec.v_bits).float()
+    codes = unpack_values(f["v_codes"].of(record), spec.v_bits).transpose(-1, -2).float()
     vt, w, m = value_scales(record, layout)
     v = (codes - (2**spec.v_bits - 1) / 2) * vt[..., None] + w[..., None] * m[..., None, :]
     if spec.exact_rows:
@@ -50,12 +47,11 @@ def decode(record: Tensor, layout: StoreLayout) -> tuple[Tensor, Tensor]:
 
 def key_steps(record: Tensor, layout: StoreLayout) -> Tensor:
     """ks [..., D] float32."""
-    ks = layout.record["ks"].of(record).float()
-    return ks if layout.spec.k_bits > 4 else ks * KS_UNIT
+    return layout.record["ks"].of(record).float()
 
 
 def value_scales(record: Tensor, layout: StoreLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """vt [..., G], w [..., G] and m [..., D], float32; vt and w are zero for exact tokens, whose row is added instead."""
+    """vt [..., G], w [..., G] and m [..., D], float32; vt and w of exact tokens are zero: their rows are added."""
     f = layout.record
     scalars = f["scalars"].of(record)
     return (f["vt"].of(record).float() * scalars[..., 0:1], f["w"].of(record).float() * scalars[..., 1:2],
@@ -70,13 +66,10 @@ def _encode_keys(k: Tensor, record: Tensor, layout: StoreLayout) -> None:
     f["kz"].of(record).copy_(u.amin(-2))
     kz = f["kz"].of(record).float()
     step = (u.amax(-2) - kz).clamp_min(0) / top
-    if layout.spec.k_bits > 4:
-        f["ks"].of(record).copy_(float8.upward_half(step))
-    else:
-        f["ks"].of(record).view(torch.uint8).copy_(float8.upward(step / KS_UNIT).view(torch.uint8))
+    f["ks"].of(record).copy_(float8.upward_half(step))
     ks = key_steps(record, layout)
     codes = ((u - kz[..., None, :]) / ks.clamp_min(_TINY)[..., None, :]).round().clamp(0, top)
-    f["k_codes"].of(record).copy_(pack(codes, layout.spec.k_bits))
+    f["k_codes"].of(record).copy_(pack_keys(codes, layout.spec.k_bits))
 
 
 def _encode_values(v: Tensor, record: Tensor, layout: StoreLayout) -> None:
@@ -95,7 +88,7 @@ def _encode_values(v: Tensor, record: Tensor, layout: StoreLayout) -> None:
     _set_e4m3(f["w"].of(record), w)
     z = v - (f["w"].of(record).float() * w_unit)[..., None] * m[..., None, :]
     codes = (z / _value_step(z, spec.v_bits).clamp_min(_TINY)).floor().add_(0.5).clamp_(-half, half)
-    f["v_codes"].of(record).copy_(pack(codes + half, spec.v_bits).transpose(-1, -2))
+    f["v_codes"].of(record).copy_(pack_values(codes + half, spec.v_bits))
     gain = z.square().sum(-1) / (z * codes).sum(-1).clamp_min(_TINY)
     gain, vt_unit = _scaled(gain.scatter(-1, at, 0))
     if spec.v_bits > 2:

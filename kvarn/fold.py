@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvarn.closed import key_steps, value_scales
 from kvarn.layout import StoreLayout
-from kvarn.packing import unpack
+from kvarn.packing import unpack_keys, unpack_values
 from kvarn.quantize import read_tail
 
 
@@ -44,7 +44,7 @@ def attend_one(q: Tensor, records: Tensor, tail: Tensor, opened: Tensor, mask: T
 def _scores(q: Tensor, records: Tensor, layout: StoreLayout) -> Tensor:
     """q [B, H, g, D] against the keys of records [B, H, T, record_bytes]: [B, H, g, T, G]."""
     f = layout.record
-    codes = unpack(f["k_codes"].of(records), layout.spec.k_bits).float()
+    codes = unpack_keys(f["k_codes"].of(records), layout.spec.k_bits).float()
     folded = q[:, :, None] * key_steps(records, layout)[:, :, :, None]
     zeros = f["kz"].of(records).float() @ q.transpose(-1, -2)
     scores = (codes @ folded.transpose(-1, -2) + zeros[..., None, :]) * f["kt"].of(records).float()[..., None]
@@ -69,7 +69,7 @@ def _outputs(weights: Tensor, records: Tensor, layout: StoreLayout) -> Tensor:
     vt, w, m = value_scales(records, layout)
     weights = weights.transpose(2, 3)
     folded = weights * vt[..., None, :]
-    codes = unpack(f["v_codes"].of(records), spec.v_bits, dim=-2).float()
+    codes = unpack_values(f["v_codes"].of(records), spec.v_bits).float()
     out = (codes @ folded.transpose(-1, -2)).sum(2).transpose(-1, -2)
     out -= folded.sum((2, 4))[..., None] * ((2**spec.v_bits - 1) / 2)
     out += (weights @ w[..., None])[..., 0].transpose(-1, -2) @ m

@@ -6,12 +6,13 @@ Three tensors hold one layer's cache (B rows, H KV heads, T = ceil(capacity / G)
     tail     [B, H, tail_bytes] uint8        the open tile's tokens (and upstream's sink tile), not yet rounded to codes
     lengths  [B] int64                       last written position + 1; the open tile is tile max(length - 1, 0) // G
 
-Everything is stored in the *store frame*: K * balance rotated by the orthonormal Hadamard matrix, V rotated by it (method
-"raw": the identity). A store of zero bytes reads as zeros, so an untouched store equals an untouched plain cache.
+Everything is stored in the *store frame*: K * balance rotated by the orthonormal Hadamard matrix, V rotated by it
+(method "raw": the identity). A store of zero bytes reads as zeros, so an untouched store equals an untouched cache.
 
-Codes are planar: with b bits, a byte of K holds channels j, j + D*b/8, j + 2*D*b/8, ... of one token, lowest bits first;
-a byte of V likewise, transposed, so that both are contiguous along the axis a matrix product sums over. 3 bits are a
-2-bit plane group followed by a 1-bit one.
+Codes are planar: with b bits, a byte of K holds channels j, j + D*b/8, j + 2*D*b/8, ... of one token, lowest bits
+first; a byte of V likewise, transposed, so that both are contiguous along the axis a matrix product sums over. 3 bits
+are a 2-bit plane group followed by a 1-bit one. Along that axis the second and third byte of every four are exchanged:
+the even and the odd bytes of a 32-bit word are what one mask each takes out of it as a pair of 16-bit numbers.
 """
 
 from dataclasses import dataclass
@@ -29,21 +30,27 @@ ALIGN = 16
 
 @dataclass(frozen=True)
 class Field:
-    """A typed array inside a record or the tail: byte offset, shape, dtype."""
+    """A typed array inside a record or the tail: byte offset, shape, dtype.
+
+    A `step` > 0 is the distance in bytes of one entry from the next, for a vector [n] interleaved with others.
+    """
 
     offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    step: int = 0
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
-        return prod(self.shape) * self.dtype.itemsize
+        """Its size in bytes, gaps included."""
+        return prod(self.shape) * (self.step or self.dtype.itemsize)
 
     def of(self, buffer: torch.Tensor) -> torch.Tensor:
         """The field's view [..., *shape] of a uint8 `buffer` [..., bytes]; writes go through."""
-        flat = buffer[..., self.offset : self.offset + self.nbytes].view(self.dtype)
-        return flat.unflatten(-1, self.shape)
+        flat = buffer[..., self.offset : self.offset + self.nbytes]
+        if self.step:
+            return flat.unflatten(-1, (-1, self.step))[..., : self.dtype.itemsize].view(self.dtype)[..., 0]
+        return flat.view(self.dtype).unflatten(-1, self.shape)
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,8 @@ class StoreLayout:
         """The fields of one record by name.
 
         raw:      k, v [G, D] in the cache's dtype.
-        kvarn:    k_codes, v_codes; scalars float32 [4] = (ks, vt, w units, 0); kz, kt; ks; vt, w, m; exact, exact_at.
+        kvarn:    k_codes, v_codes; scalars float32 [4] = (vt unit, w unit, 0, 0); kz, ks, m [D]; token [G], one 32-bit
+                  word of kt, vt and w per token (vt in 16 bits if v_bits > 2: then w is apart); exact, exact_at.
         upstream: k_codes, v_codes; ks, kz [D], kt [G]; vt, vz [G], vs [D].
         """
         g, d, spec = self.spec.group, self.head_dim, self.spec
@@ -82,13 +90,13 @@ class StoreLayout:
             scales = {"ks": ((d,), half), "kz": ((d,), half), "kt": ((g,), half),
                       "vt": ((g,), half), "vz": ((g,), half), "vs": ((d,), half)}
         else:
-            # Wide codes resolve finer than an e4m3 scale, whose steps of up to 12.5% would waste their range.
-            k_scale = half if spec.k_bits > 4 else e4m3
-            v_scale = half if spec.v_bits > 2 else e4m3
-            scales = {"scalars": ((4,), torch.float32), "kz": ((d,), half), "kt": ((g,), half), "ks": ((d,), k_scale),
-                      "vt": ((g,), v_scale), "w": ((g,), e4m3), "m": ((d,), e4m3)}
+            scales = {"scalars": ((4,), torch.float32), "kz": ((d,), half), "ks": ((d,), half),
+                      "token": ((g,), torch.int32), "m": ((d,), e4m3)}
+            if spec.v_bits > 2:
+                scales["w"] = ((g,), e4m3)
             if spec.exact_rows:
                 scales |= {"exact": ((spec.exact_rows, d), half), "exact_at": ((spec.exact_rows,), u8)}
+            return _token_fields(_pack(codes | scales), wide_vt=spec.v_bits > 2)
         return _pack(codes | scales)
 
     @cached_property
@@ -146,6 +154,14 @@ def _pack(fields: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, F
     return packed
 
 
+def _token_fields(fields: dict[str, Field], wide_vt: bool) -> dict[str, Field]:
+    """The scales inside the token words: kt and vt, or kt, vt and w. Wide codes resolve finer than an e4m3 vt."""
+    at, shape = fields["token"].offset, fields["token"].shape
+    parts = {"kt": Field(at, shape, torch.float16, step=4),
+             "vt": Field(at + 2, shape, torch.float16 if wide_vt else torch.float8_e4m3fn, step=4)}
+    return parts | {"w": Field(at + 3, shape, torch.float8_e4m3fn, step=4)} | fields
+
+
 def _end(fields: dict[str, Field]) -> int:
-    last = list(fields.values())[-1]
-    return last.offset + -(-last.nbytes // ALIGN) * ALIGN
+    end = max(f.offset + f.nbytes for f in fields.values())
+    return -(-end // ALIGN) * ALIGN

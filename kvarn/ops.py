@@ -26,28 +26,28 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float,
          scale: float | None, enable_gqa: bool) -> Tensor:
     """F.scaled_dot_product_attention as one opaque node, so that a pass can find it after functionalization.
 
-    q [B, Hq, n, D], k and v [B, H, S, D], mask broadcastable to [B, Hq, n, S]. It lives between capture and rewrite only:
-    what the rewrite does not replace becomes the plain attention again.
+    q [B, Hq, n, D], k and v [B, H, S, D], mask broadcastable to [B, Hq, n, S]. It lives between capture and rewrite
+    only: what the rewrite does not replace becomes the plain attention again.
     """
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale,
                                                             enable_gqa=enable_gqa)
 
 
-def sdpa_fake(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa):
+def _sdpa_fake(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa):
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-def append_fake(k, v, positions, records, tail, lengths, balance, spec):
+def _append_fake(k, v, positions, records, tail, lengths, balance, spec):
     return None
 
 
-def attend_fake(q, k, v, positions, records, tail, lengths, balance, mask, kv_len, is_causal, scale, spec):
+def _attend_fake(q, k, v, positions, records, tail, lengths, balance, mask, kv_len, is_causal, scale, spec):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 lib.impl("sdpa", sdpa, "CompositeExplicitAutograd")
 lib.impl("append", append_cpu, "CPU")
 lib.impl("attend", attend_cpu, "CPU")
-torch.library.register_fake("kvarn::sdpa", sdpa_fake, lib=lib)
-torch.library.register_fake("kvarn::append", append_fake, lib=lib)
-torch.library.register_fake("kvarn::attend", attend_fake, lib=lib)
+torch.library.register_fake("kvarn::sdpa", _sdpa_fake, lib=lib)
+torch.library.register_fake("kvarn::append", _append_fake, lib=lib)
+torch.library.register_fake("kvarn::attend", _attend_fake, lib=lib)

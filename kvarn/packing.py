@@ -37,3 +37,31 @@ def unpack(packed: Tensor, bits: int, dim: int = -1) -> Tensor:
         shift, start = shift + width, start + length
     assert codes is not None
     return codes
+
+
+def pack_keys(codes: Tensor, bits: int) -> Tensor:
+    """Key codes [..., G, D] to the record's bytes [..., G, D * bits / 8]."""
+    return exchange(pack(codes, bits))
+
+
+def pack_values(codes: Tensor, bits: int) -> Tensor:
+    """Value codes [..., G, D] to the record's bytes [..., D * bits / 8, G]."""
+    return exchange(pack(codes, bits).transpose(-1, -2))
+
+
+def unpack_keys(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of pack_keys, [..., G, D] uint8."""
+    return unpack(exchange(packed), bits)
+
+
+def unpack_values(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of pack_values, but transposed: [..., D, G] uint8."""
+    return unpack(exchange(packed), bits, dim=-2)
+
+
+def exchange(x: Tensor) -> Tensor:
+    """x with entries 1 and 2 of every four along its last dimension exchanged (layout.py says why): its own inverse."""
+    swapped = x.clone(memory_format=torch.contiguous_format)
+    fours = x.shape[-1] // 4 * 4
+    swapped[..., 1:fours:4], swapped[..., 2:fours:4] = x[..., 2:fours:4], x[..., 1:fours:4]
+    return swapped

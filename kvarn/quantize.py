@@ -24,7 +24,7 @@ def encode(k: Tensor, v: Tensor, layout: StoreLayout) -> Tensor:
 
 
 def decode(record: Tensor, layout: StoreLayout) -> tuple[Tensor, Tensor]:
-    """Records [..., record_bytes] to tiles k, v [..., G, D]: float32, or for method "raw" views of the cache's dtype."""
+    """Records [..., record_bytes] to tiles k, v [..., G, D]: float32; method "raw": views in the cache dtype."""
     if layout.spec.method == "raw":
         return layout.record["k"].of(record), layout.record["v"].of(record)
     return _METHODS[layout.spec.method].decode(record, layout)

@@ -10,7 +10,7 @@ from kvarn.quantize import decode, read_tail
 
 def read_store(records: Tensor, tail: Tensor, lengths: Tensor, balance: Tensor, layout: StoreLayout
                ) -> tuple[Tensor, Tensor]:
-    """Everything a store holds, in the plain frame: K, V [B, H, T * G, D] float64 (method "raw": the cache's values)."""
+    """Everything a store holds, in the plain frame: K, V [B, H, T * G, D] float64."""
     k, v = (x.clone() for x in decode(records, layout))
     if layout.spec.sink:
         k[:, :, 0], v[:, :, 0] = layout.tail["sink_k"].of(tail), layout.tail["sink_v"].of(tail)

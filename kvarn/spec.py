@@ -7,7 +7,7 @@ from functools import lru_cache
 from kvarn.errors import SpecError
 
 FORMAT_VERSION = 1
-"""Raised whenever bytes written by an older version would be read differently; part of every op call (QuantSpec.key)."""
+"""Raised whenever older bytes would be read differently; part of every op call (QuantSpec.key)."""
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 """Head dimensions a rotated record supports: powers of two, for the Sylvester-Hadamard rotation."""
@@ -54,7 +54,7 @@ class QuantSpec:
         if self.tail_bits not in (8, 16):
             raise SpecError(f"tail_bits={self.tail_bits}; valid: 8, 16")
         if not 0 <= self.exact_rows <= (8 if self.method == "kvarn" else 0):
-            raise SpecError(f"exact_rows={self.exact_rows} with method {self.method!r}; valid: 0 to 8 with 'kvarn', else 0")
+            raise SpecError(f"exact_rows={self.exact_rows} with method {self.method!r}; valid: 0..8 ('kvarn') or 0")
 
     @property
     def rotated(self) -> bool:

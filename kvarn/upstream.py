@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvarn.layout import StoreLayout
-from kvarn.packing import pack, unpack
+from kvarn.packing import pack_keys, pack_values, unpack_keys, unpack_values
 
 ITERATIONS = 8
 _LOG_RANGE = (-0.3, 10.0)
@@ -23,13 +23,13 @@ def encode(k: Tensor, v: Tensor, layout: StoreLayout) -> Tensor:
     record = k.new_zeros((*k.shape[:-2], layout.record_bytes), dtype=torch.uint8)
     rows, columns = normalize(k)
     codes, step, low = _round(k / rows / columns, -2, spec.k_bits)
-    f["k_codes"].of(record).copy_(pack(codes, spec.k_bits))
+    f["k_codes"].of(record).copy_(pack_keys(codes, spec.k_bits))
     f["ks"].of(record).copy_((step * columns)[..., 0, :])
     f["kz"].of(record).copy_((low * columns)[..., 0, :])
     f["kt"].of(record).copy_(rows[..., 0])
     rows, columns = normalize(v)
     codes, step, low = _round(v / rows / columns, -1, spec.v_bits)
-    f["v_codes"].of(record).copy_(pack(codes, spec.v_bits).transpose(-1, -2))
+    f["v_codes"].of(record).copy_(pack_values(codes, spec.v_bits))
     f["vt"].of(record).copy_((step * rows)[..., 0])
     f["vz"].of(record).copy_((low * rows)[..., 0])
     f["vs"].of(record).copy_(columns[..., 0, :])
@@ -40,9 +40,9 @@ def decode(record: Tensor, layout: StoreLayout) -> tuple[Tensor, Tensor]:
     """Records [..., record_bytes] back to tiles K_hat, V_hat [..., G, D] float32 in the store frame."""
     spec, f = layout.spec, layout.record
     get = {name: f[name].of(record).float() for name in ("ks", "kz", "kt", "vt", "vz", "vs")}
-    codes = unpack(f["k_codes"].of(record), spec.k_bits).float()
+    codes = unpack_keys(f["k_codes"].of(record), spec.k_bits).float()
     k = (codes * get["ks"][..., None, :] + get["kz"][..., None, :]) * get["kt"][..., None]
-    codes = unpack(f["v_codes"].of(record).transpose(-1, -2), spec.v_bits).float()
+    codes = unpack_values(f["v_codes"].of(record), spec.v_bits).transpose(-1, -2).float()
     v = (codes * get["vt"][..., None] + get["vz"][..., None]) * get["vs"][..., None, :]
     return k, v
 
