@@ -15,6 +15,9 @@ from kvarn.frame import keys_in, values_in
 from kvarn.layout import StoreLayout, store_layout
 from kvarn.quantize import decode, encode, read_tail, write_tail
 
+_TILES_AT_ONCE = 32
+"""Tiles rounded together: bounds the float32 temporaries of a long prompt."""
+
 
 def append_cpu(k: Tensor, v: Tensor, positions: Tensor, records: Tensor, tail: Tensor, lengths: Tensor,
                balance: Tensor, spec: str) -> None:
@@ -47,9 +50,16 @@ def append_cpu(k: Tensor, v: Tensor, positions: Tensor, records: Tensor, tail: T
                             f"{records.shape[2] * layout.spec.group - 1}")
     store = _Store(layout, records[:rows], tail[:rows], lengths[:rows])
     k, v = keys_in(k, balance, layout), values_in(v, layout)
-    breaks = (positions.diff(dim=1) != 1).any(0).nonzero().flatten().tolist()
-    for start, end in zip([0, *(b + 1 for b in breaks)], [*(b + 1 for b in breaks), tokens], strict=True):
+    for start, end in _runs(positions, layout.spec.group):
         store.write(k[:, :, start:end], v[:, :, start:end], positions[:, start], positions[:, end - 1])
+
+
+def _runs(positions: Tensor, group: int) -> list[tuple[int, int]]:
+    """Cut the tokens of positions [B', n] into runs of consecutive positions, of _TILES_AT_ONCE tiles at most."""
+    jumps = ((positions.diff(dim=1) != 1).any(0).nonzero().flatten() + 1).tolist()
+    step = _TILES_AT_ONCE * group
+    cuts = sorted({0, *jumps, *range(step - int(positions[0, 0]) % group, positions.shape[1], step)})
+    return list(zip(cuts, [*cuts[1:], positions.shape[1]], strict=True))
 
 
 @dataclass(frozen=True)

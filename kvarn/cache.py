@@ -90,13 +90,10 @@ class PackedCache:
         self.reset()
         used = ((k != 0) | (v != 0)).any(-1).any(1)
         ends = torch.where(used, torch.arange(1, k.shape[2] + 1, device=k.device), 0).amax(1)
-        group = self.spec.group
         for row, end in enumerate(ends.tolist()):
-            for start in range(0, end, 16 * group):  # 16 tiles at a time bound the temporaries
-                stop = min(start + 16 * group, end)
-                store = (self.records[row : row + 1], self.tail[row : row + 1], self.lengths[row : row + 1])
-                torch.ops.kvarn.append(k[row : row + 1, :, start:stop], v[row : row + 1, :, start:stop],
-                                       torch.arange(start, stop, device=k.device), *store, self.balance, self.spec.key)
+            one = slice(row, row + 1)
+            torch.ops.kvarn.append(k[one, :, :end], v[one, :, :end], torch.arange(end, device=k.device),
+                                   self.records[one], self.tail[one], self.lengths[one], self.balance, self.spec.key)
 
     def unpack(self) -> tuple[Tensor, Tensor]:
         """The content as plain k, v [B, H, capacity, D] in the cache's dtype."""

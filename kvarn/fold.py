@@ -11,8 +11,11 @@ from torch import Tensor
 
 from kvarn.closed import key_steps, value_scales
 from kvarn.layout import StoreLayout
-from kvarn.packing import unpack_keys, unpack_values
+from kvarn.packing import exchange, masked_planes
 from kvarn.quantize import read_tail
+
+_TILES_AT_ONCE = 64
+"""Tiles (of all rows and heads) whose codes are widened to float32 together: 4 MiB at G = D = 128, a cache's size."""
 
 
 def attend_one(q: Tensor, records: Tensor, tail: Tensor, opened: Tensor, mask: Tensor | None, tokens: int, scale: float,
@@ -31,24 +34,28 @@ def attend_one(q: Tensor, records: Tensor, tail: Tensor, opened: Tensor, mask: T
     grouped = q.squeeze(2).unflatten(1, (heads, -1))
     tail_k, tail_v = read_tail(tail, layout)
     rows = ((opened >= 0) & (opened < records.shape[2])).nonzero().flatten()
-    scores = _scores(grouped, records, layout)
+    pieces = records.split(max(1, _TILES_AT_ONCE // records.shape[:2].numel()), 2)
+    scores = torch.cat([_scores(grouped, piece, layout) for piece in pieces], 3)
     scores[rows, :, :, opened[rows]] = (grouped @ tail_k.transpose(-1, -2))[rows]
     weights = _softmax(scores.flatten(-2)[..., :tokens] * scale, mask)
     weights = torch.nn.functional.pad(weights, (0, scores.shape[-2] * group - tokens)).unflatten(-1, (-1, group))
     out = torch.zeros_like(grouped)
     out[rows] = weights[rows, :, :, opened[rows]] @ tail_v[rows]
     weights[rows, :, :, opened[rows]] = 0
-    return (out + _outputs(weights, records, layout)).flatten(1, 2).unsqueeze(2)
+    for piece, part in zip(pieces, weights.split(pieces[0].shape[2], 3), strict=True):
+        out += _outputs(part, piece, layout)
+    return out.flatten(1, 2).unsqueeze(2)
 
 
 def _scores(q: Tensor, records: Tensor, layout: StoreLayout) -> Tensor:
     """q [B, H, g, D] against the keys of records [B, H, T, record_bytes]: [B, H, g, T, G]."""
     f = layout.record
-    codes = unpack_keys(f["k_codes"].of(records), layout.spec.k_bits).float()
     folded = q[:, :, None] * key_steps(records, layout)[:, :, :, None]
-    zeros = f["kz"].of(records).float() @ q.transpose(-1, -2)
-    scores = (codes @ folded.transpose(-1, -2) + zeros[..., None, :]) * f["kt"].of(records).float()[..., None]
-    return scores.permute(0, 1, 4, 2, 3).contiguous()
+    scores = (f["kz"].of(records).float() @ q.transpose(-1, -2))[..., None, :]
+    for codes, start, factor in masked_planes(f["k_codes"].of(records), layout.spec.k_bits, dim=-1):
+        part = exchange(folded[..., start : start + codes.shape[-1]] * factor)
+        scores = codes.float() @ part.transpose(-1, -2) + scores
+    return (scores * f["kt"].of(records).float()[..., None]).permute(0, 1, 4, 2, 3)
 
 
 def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -69,10 +76,12 @@ def _outputs(weights: Tensor, records: Tensor, layout: StoreLayout) -> Tensor:
     vt, w, m = value_scales(records, layout)
     weights = weights.transpose(2, 3)
     folded = weights * vt[..., None, :]
-    codes = unpack_values(f["v_codes"].of(records), spec.v_bits).float()
-    out = (codes @ folded.transpose(-1, -2)).sum(2).transpose(-1, -2)
+    out = (weights @ w[..., None])[..., 0].transpose(-1, -2) @ m
     out -= folded.sum((2, 4))[..., None] * ((2**spec.v_bits - 1) / 2)
-    out += (weights @ w[..., None])[..., 0].transpose(-1, -2) @ m
+    folded = exchange(folded).transpose(-1, -2)
+    for codes, start, factor in masked_planes(f["v_codes"].of(records), spec.v_bits, dim=-2):
+        part = (codes.float() @ folded).sum(2).transpose(-1, -2)
+        out[..., start : start + part.shape[-1]] += part * factor
     if spec.exact_rows:
         at = f["exact_at"].of(records).long()[..., None, :].expand(*weights.shape[:-1], spec.exact_rows)
         out += (weights.gather(-1, at) @ f["exact"].of(records).float()).sum(2)

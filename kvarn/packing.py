@@ -5,6 +5,8 @@ first: each plane is one contiguous slice, so a kernel multiplies it without shu
 two bits followed by the high one.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,22 @@ def unpack_keys(packed: Tensor, bits: int) -> Tensor:
 def unpack_values(packed: Tensor, bits: int) -> Tensor:
     """The inverse of pack_values, but transposed: [..., D, G] uint8."""
     return unpack(exchange(packed), bits, dim=-2)
+
+
+def masked_planes(packed: Tensor, bits: int, dim: int) -> Iterator[tuple[Tensor, int, float]]:
+    """Bytes taken apart without shifting: (bytes & mask, first element, factor) of each plane along `dim`.
+
+    The codes of elements first.. are the sum of (bytes & mask) * factor over the planes that cover them. Bytes stay in
+    the record's order, so a product over `dim` takes its other operand through `exchange`.
+    """
+    elements, shift, start = packed.shape[dim] * 8 // bits, 0, 0
+    for width in _PARTS[bits]:
+        length = elements * width // 8
+        part = packed.narrow(dim, start, length)
+        for plane in range(8 // width):
+            mask = ((1 << width) - 1) << (plane * width)
+            yield (part & mask if width < 8 else part), plane * length, 2.0 ** (shift - plane * width)
+        shift, start = shift + width, start + length
 
 
 def exchange(x: Tensor) -> Tensor:
