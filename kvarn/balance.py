@@ -5,8 +5,11 @@ would spread it over all channels. The scale is the same for both channels of a 
 geometric mean is 1. Two sources, neither needs a data set (docs/accuracy.md, "Balanced keys"):
 
     from samples   s_j = (rms of q_j / rms of K_j without its tile's mean)^(1/2)
-    from weights   s_j = (v_j / (v_j + f_j b_j^2 / 2))^(1/4),  f_j = 1 - (sin(G/2 w_j) / (G/2 w_j))^2,
-                   v_j = mean over the pair of |W_k row * norm weight|^2,  b_j^2 = the pair's squared bias amplitude
+    from weights   s_j = (u_j / (v_j + f_j b_j^2 / 2))^(1/4),  f_j = 1 - (sin(G/2 w_j) / (G/2 w_j))^2,
+                   v_j = mean over the pair of |W_k row * norm weight|^2,  b_j^2 = the pair's squared bias amplitude,
+                   u_j = the same of the queries, their bias whole; v_j if the query projection is not known
+
+Weights are for projections with a bias only: without one they know less than s = 1 does.
 """
 
 import torch
@@ -35,9 +38,9 @@ def from_samples(q: Tensor, k: Tensor, group: int = 128) -> Tensor:
     return _unit_mean((_floored(_pair_mean(queries), queries) / _floored(_pair_mean(keys), keys)).pow(0.25))
 
 
-def from_weights(weight: Tensor, bias: Tensor, norm_weight: Tensor | None, inv_freq: Tensor,
-                 group: int = 128) -> Tensor:
-    """The scales [H, D] of all KV heads from the key projection's constants; pairs are (j, j + D/2).
+def from_weights(weight: Tensor, bias: Tensor, norm_weight: Tensor | None, inv_freq: Tensor, group: int = 128,
+                 query_weight: Tensor | None = None, query_bias: Tensor | None = None) -> Tensor:
+    """The scales [H, D] of all KV heads from the projections' constants; pairs are (j, j + D/2).
 
     Args:
         weight: [H * D, C] of the key projection.
@@ -45,15 +48,27 @@ def from_weights(weight: Tensor, bias: Tensor, norm_weight: Tensor | None, inv_f
         norm_weight: [C] of the norm before the projection, or None.
         inv_freq: [D / 2] RoPE angle per position of each pair.
         group: tokens per tile.
+        query_weight, query_bias: [Hq * D, C] and [Hq * D] of the query projection; its heads share KV heads in order.
     """
     dim = 2 * inv_freq.shape[0]
-    rows = weight.float() if norm_weight is None else weight.float() * norm_weight.float()
-    signal = _pair_mean(rows.square().sum(-1).unflatten(0, (-1, dim)))
+    signal = _pair_mean(_row_power(weight, norm_weight).unflatten(0, (-1, dim)))
     offset = 2 * _pair_mean(bias.float().unflatten(0, (-1, dim)).square())
     angle = inv_freq.float() * (group / 2)
     turning = 1 - torch.sinc(angle / torch.pi).square()
     signal = _floored(signal, signal)
-    return _unit_mean((signal / (signal + torch.cat([turning, turning]) * offset / 2)).pow(0.25))
+    query = signal
+    if query_weight is not None:
+        power = _row_power(query_weight, norm_weight)
+        power = power if query_bias is None else power + query_bias.float().square()
+        query = _pair_mean(power.unflatten(0, (signal.shape[0], -1, dim)).mean(1))
+        query = _floored(query, query)
+    return _unit_mean((query / (signal + torch.cat([turning, turning]) * offset / 2)).pow(0.25))
+
+
+def _row_power(weight: Tensor, norm_weight: Tensor | None) -> Tensor:
+    """Squared length of each row of a projection [n, C] behind a norm: its output's mean square for white inputs."""
+    rows = weight.float() if norm_weight is None else weight.float() * norm_weight.float()
+    return rows.square().sum(-1)
 
 
 def _pair_mean(x: Tensor) -> Tensor:

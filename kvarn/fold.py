@@ -1,6 +1,6 @@
 """Attention of one new token over records without dequantizing them: scales fold into the small operands.
 
-    scores = ((q * ks) codes^T + q kz^T) * kt
+    scores = ((q * ks) codes^T + q kz^T) * kt, but q K[exact]^T of exact tokens
     out    = (P * vt) codes_v - center * sum(P * vt) + sum(P * w) m + P[exact] V[exact]
 
 The tensor products run on raw codes (docs/design.md, "The algebra"), as the GPU kernel's do.
@@ -9,7 +9,7 @@ The tensor products run on raw codes (docs/design.md, "The algebra"), as the GPU
 import torch
 from torch import Tensor
 
-from kvarn.closed import key_steps, value_scales
+from kvarn.closed import exact_tokens, key_steps, value_scales
 from kvarn.layout import StoreLayout
 from kvarn.packing import exchange, masked_planes
 from kvarn.quantize import read_tail
@@ -55,7 +55,12 @@ def _scores(q: Tensor, records: Tensor, layout: StoreLayout) -> Tensor:
     for codes, start, factor in masked_planes(f["k_codes"].of(records), layout.spec.k_bits, dim=-1):
         part = exchange(folded[..., start : start + codes.shape[-1]] * factor)
         scores = codes.float() @ part.transpose(-1, -2) + scores
-    return (scores * f["kt"].of(records).float()[..., None]).permute(0, 1, 4, 2, 3)
+    scores = scores * f["kt"].of(records).float()[..., None]
+    if layout.spec.exact_rows:
+        exact = exact_tokens(records, layout)[0] @ q.transpose(-1, -2)[:, :, None]
+        at = f["exact_at"].of(records).long()[..., None].expand_as(exact)
+        scores = scores.scatter(-2, at, exact)
+    return scores.permute(0, 1, 4, 2, 3)
 
 
 def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -84,5 +89,5 @@ def _outputs(weights: Tensor, records: Tensor, layout: StoreLayout) -> Tensor:
         out[..., start : start + part.shape[-1]] += part * factor
     if spec.exact_rows:
         at = f["exact_at"].of(records).long()[..., None, :].expand(*weights.shape[:-1], spec.exact_rows)
-        out += (weights.gather(-1, at) @ f["exact"].of(records).float()).sum(2)
+        out += (weights.gather(-1, at) @ exact_tokens(records, layout)[1]).sum(2)
     return out

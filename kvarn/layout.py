@@ -77,8 +77,10 @@ class StoreLayout:
         """The fields of one record by name.
 
         raw:      k, v [G, D] in the cache's dtype.
-        kvarn:    k_codes, v_codes; scalars float32 [4] = (vt unit, w unit, 0, 0); kz, ks, m [D]; token [G], one 32-bit
-                  word of kt, vt and w per token (vt in 16 bits if v_bits > 2: then w is apart); exact, exact_at.
+        kvarn:    k_codes, v_codes; scalars float32 = (vt unit, w unit, then k scale and v scale of each exact token);
+                  channel [D], a 32-bit word of ks and kz each; token [G], a word of kt, vt and w each (vt in 16 bits
+                  if v_bits > 2: then w is apart); m [D]; exact [E, D], the exact tokens as the tail holds tokens
+                  (words.py), and exact_at [E]. An exact token's kt is -0.0, its vt and w are 0.
         upstream: k_codes, v_codes; ks, kz [D], kt [G]; vt, vz [G], vs [D].
         """
         g, d, spec = self.spec.group, self.head_dim, self.spec
@@ -90,31 +92,37 @@ class StoreLayout:
             scales = {"ks": ((d,), half), "kz": ((d,), half), "kt": ((g,), half),
                       "vt": ((g,), half), "vz": ((g,), half), "vs": ((d,), half)}
         else:
-            scales = {"scalars": ((4,), torch.float32), "kz": ((d,), half), "ks": ((d,), half),
-                      "token": ((g,), torch.int32), "m": ((d,), e4m3)}
+            scales = {"scalars": ((2 + 2 * spec.exact_rows,), torch.float32), "channel": ((d,), torch.int32), "token": ((g,), torch.int32),
+                      "m": ((d,), e4m3)}
             if spec.v_bits > 2:
                 scales["w"] = ((g,), e4m3)
             if spec.exact_rows:
-                scales |= {"exact": ((spec.exact_rows, d), half), "exact_at": ((spec.exact_rows,), u8)}
-            return _token_fields(_pack(codes | scales), wide_vt=spec.v_bits > 2)
+                scales |= {"exact": ((spec.exact_rows, d), torch.int16), "exact_at": ((spec.exact_rows,), u8)}
+            return _word_fields(_pack(codes | scales), wide_vt=spec.v_bits > 2)
         return _pack(codes | scales)
 
     @cached_property
     def tail(self) -> dict[str, Field]:
         """The fields of one head's tail by name.
 
-        tail_bits 8:  k, v int8 [G, D] and their per-token scales k_scale, v_scale float16 [G].
+        tail_bits 8:  words int16 [G, D] of a key and a value each (words.py), per-token scales k_scale, v_scale
+                      float16 [G].
         tail_bits 16: k, v [G, D] in the cache's dtype. With a sink: sink_k, sink_v likewise.
         """
         g, d = self.spec.group, self.head_dim
         if self.spec.tail_bits == 8:
-            fields = {"k": ((g, d), torch.int8), "v": ((g, d), torch.int8),
-                      "k_scale": ((g,), torch.float16), "v_scale": ((g,), torch.float16)}
+            fields = {"words": ((g, d), torch.int16), "k_scale": ((g,), torch.float16),
+                      "v_scale": ((g,), torch.float16)}
         else:
             fields = {"k": ((g, d), self.dtype), "v": ((g, d), self.dtype)}
         if self.spec.sink:
             fields |= {"sink_k": ((g, d), self.dtype), "sink_v": ((g, d), self.dtype)}
         return _pack(fields)
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of a value in a word of a key and a value (words.py); the key has the other of 16."""
+        return 8 if self.spec.v_bits == 8 else 6
 
     @cached_property
     def record_bytes(self) -> int:
@@ -154,12 +162,15 @@ def _pack(fields: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, F
     return packed
 
 
-def _token_fields(fields: dict[str, Field], wide_vt: bool) -> dict[str, Field]:
-    """The scales inside the token words: kt and vt, or kt, vt and w. Wide codes resolve finer than an e4m3 vt."""
-    at, shape = fields["token"].offset, fields["token"].shape
-    parts = {"kt": Field(at, shape, torch.float16, step=4),
-             "vt": Field(at + 2, shape, torch.float16 if wide_vt else torch.float8_e4m3fn, step=4)}
-    return parts | {"w": Field(at + 3, shape, torch.float8_e4m3fn, step=4)} | fields
+def _word_fields(fields: dict[str, Field], wide_vt: bool) -> dict[str, Field]:
+    """The scales inside the channel and token words. Codes of more than 2 bits resolve finer than an e4m3 vt."""
+    half, e4m3, channel, token = torch.float16, torch.float8_e4m3fn, fields["channel"], fields["token"]
+    parts = {"ks": Field(channel.offset, channel.shape, half, step=4),
+             "kz": Field(channel.offset + 2, channel.shape, half, step=4),
+             "kt": Field(token.offset, token.shape, half, step=4),
+             "vt": Field(token.offset + 2, token.shape, half if wide_vt else e4m3, step=4),
+             "w": Field(token.offset + 3, token.shape, e4m3, step=4)}
+    return parts | fields
 
 
 def _end(fields: dict[str, Field]) -> int:

@@ -34,6 +34,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float,
 
 
 def _sdpa_fake(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa):
+    # Dynamo ties the length of one of them to the mask; without this the other would stay symbolic.
+    torch._check(k.shape[-2] == v.shape[-2])
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
@@ -45,9 +47,23 @@ def _attend_fake(q, k, v, positions, records, tail, lengths, balance, mask, kv_l
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
+def _append_cuda(*args):
+    from kvarn.cuda import append_cuda  # Triton is needed only where there is a GPU
+
+    return append_cuda(*args)
+
+
+def _attend_cuda(*args):
+    from kvarn.cuda import attend_cuda
+
+    return attend_cuda(*args)
+
+
 lib.impl("sdpa", sdpa, "CompositeExplicitAutograd")
 lib.impl("append", append_cpu, "CPU")
 lib.impl("attend", attend_cpu, "CPU")
+lib.impl("append", _append_cuda, "CUDA")
+lib.impl("attend", _attend_cuda, "CUDA")
 torch.library.register_fake("kvarn::sdpa", _sdpa_fake, lib=lib)
 torch.library.register_fake("kvarn::append", _append_fake, lib=lib)
 torch.library.register_fake("kvarn::attend", _attend_fake, lib=lib)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kvarn import closed, upstream
 from kvarn.layout import StoreLayout
+from kvarn.words import from_words, to_words
 
 _METHODS = {"kvarn": closed, "upstream": upstream}
 
@@ -32,25 +33,20 @@ def decode(record: Tensor, layout: StoreLayout) -> tuple[Tensor, Tensor]:
 
 def write_tail(tail: Tensor, layout: StoreLayout, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
     """Store tokens in the tail. tail [B, H, tail_bytes]; rows, slots int64 [N]; k, v [N, H, D] in the store frame."""
-    f = layout.tail
-    for name, x in (("k", k), ("v", v)):
-        if layout.spec.tail_bits == 8:
-            x = finite(x)
-            scale = (x.abs().amax(-1) / 127).clamp(max=65504.0).half()
-            codes = x / scale.float().clamp_min(1e-8)[..., None]
-            f[name].of(tail)[rows, :, slots] = codes.round().clamp(-127, 127).to(torch.int8)
-            f[f"{name}_scale"].of(tail)[rows, :, slots] = scale
-        else:
-            f[name].of(tail)[rows, :, slots] = x.to(layout.dtype)
+    if layout.spec.tail_bits == 8:
+        names, parts = ("words", "k_scale", "v_scale"), to_words(finite(k), finite(v), layout.value_bits)
+    else:
+        names, parts = ("k", "v"), (k.to(layout.dtype), v.to(layout.dtype))
+    for name, part in zip(names, parts, strict=True):
+        layout.tail[name].of(tail)[rows, :, slots] = part
 
 
 def read_tail(tail: Tensor, layout: StoreLayout) -> tuple[Tensor, Tensor]:
     """The tail's tokens k, v [B, H, G, D]: float32, or with tail_bits 16 views of the cache's dtype."""
     f = layout.tail
-    k, v = f["k"].of(tail), f["v"].of(tail)
     if layout.spec.tail_bits == 16:
-        return k, v
-    return (k.float() * f["k_scale"].of(tail).float()[..., None], v.float() * f["v_scale"].of(tail).float()[..., None])
+        return f["k"].of(tail), f["v"].of(tail)
+    return from_words(*(f[name].of(tail) for name in ("words", "k_scale", "v_scale")), layout.value_bits)
 
 
 def finite(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from kvarn.errors import SpecError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever older bytes would be read differently; part of every op call (QuantSpec.key)."""
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -26,8 +26,10 @@ class QuantSpec:
         group: tokens per tile, 64 or 128.
         method: "kvarn" (closed-form normalization, unbiased rounding: kvarn/closed.py), "upstream" (the iterative
             algorithm of arXiv 2606.03458 to the letter: kvarn/upstream.py) or "raw" (the cache's own bits).
-        exact_rows: tokens of smallest value norm per tile whose value row is kept in float16 (method "kvarn").
-        tail_bits: bits of an element of the unfinished tile: 8 (symmetric per token) or 16 (the cache's own dtype).
+        exact_rows: tokens of smallest value norm per tile that keep their key and value, at 8 bits an element (method
+            "kvarn").
+        tail_bits: bits of an element of the unfinished tile: 8 on average (keys 10, values 6, symmetric per token:
+            kvarn/words.py) or 16 (the cache's own dtype).
         sink: the first tile of a sequence stays in the cache's own dtype (upstream's 128-token sink).
 
     Raises:
@@ -63,7 +65,7 @@ class QuantSpec:
 
     @property
     def key(self) -> str:
-        """The spec as the string that ops carry and compile caches hash, e.g. "kvarn1:k4v2g128e1t8s0"."""
+        """The spec as the string that ops carry and compile caches hash, e.g. "kvarn2:k4v2g128e1t8s0"."""
         return (f"{self.method}{FORMAT_VERSION}:k{self.k_bits}v{self.v_bits}g{self.group}"
                 f"e{self.exact_rows}t{self.tail_bits}s{int(self.sink)}")
 
@@ -94,7 +96,17 @@ PRESETS = {
     "k16v16": QuantSpec(16, 16, 128, "raw", exact_rows=0, tail_bits=16),
     "upstream_k4v2_g128": QuantSpec(4, 2, 128, "upstream", exact_rows=0, tail_bits=16, sink=True),
 }
-"""Named specs; each is also known with the prefix "kvarn_"."""
+"""Named specs; each is also known with the prefix "kvarn_". Bytes of one token of one KV head, keys and values and scales
+(a test holds this table to the layout), at head_dim 64, 128 and 256; plain float16 takes 256, 512 and 1,024:
+
+    k4v2_g128            55.75   107.25   210.25
+    k4v4_g128            72.75   140.25   275.25
+    k4v2_g64             59.50   114.50   224.50
+    k4v4_g64             76.50   147.50   289.50
+    k8v8_g128           136.75   268.25   531.25
+    k16v16              256.00   512.00  1024.00
+    upstream_k4v2_g128   57.00   108.00   210.00
+"""
 
 DEFAULT_PRESET = "k4v2_g128"
 

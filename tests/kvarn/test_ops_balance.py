@@ -73,3 +73,12 @@ def test_balance_shrinks_channels_with_a_turning_bias_only():
     s = balance.from_weights(weight, bias, torch.ones(48), inv_freq)
     assert float(s[0, 0]) < 0.5 and float(s[0, 16]) == float(s[0, 0])
     assert 0.8 < float(s[1, 15]) < 1.2
+
+
+def test_balance_from_weights_gives_strong_queries_finer_keys():
+    inv_freq = 10000 ** (-torch.arange(16) / 16)
+    weight, queries = torch.randn(64, 48), torch.randn(128, 48)
+    queries[[3, 19, 35, 51]] *= 8  # the fourth pair of both query heads of KV head 0
+    s = balance.from_weights(weight, torch.zeros(64), None, inv_freq, query_weight=queries, query_bias=torch.zeros(128))
+    assert s.shape == (2, 32) and torch.equal(s[:, :16], s[:, 16:])
+    assert int(s[0].argmax()) % 16 == 3 and float(s[0, 3]) > 2 > float(s[1].max())

@@ -108,11 +108,33 @@ def test_value_rounding_is_unbiased_per_token():
     assert float(energy) > 1.05  # an unbiased code has more energy than its signal; an MSE-optimal one has less
 
 
-def test_the_smallest_value_token_is_exact():
-    _, v = tiles("outlier_tokens")
+def test_the_smallest_value_token_keeps_its_key_and_value():
+    k, v = tiles("outlier_tokens")
     layout = StoreLayout(resolve("k4v2_g128"), 64, torch.float32)
-    _, v_hat = decode(encode(v, v, layout), layout)
-    assert sqnr(v[:, 11], v_hat[:, 11]) > 40
+    k_hat, v_hat = decode(encode(k, v, layout), layout)
+    assert sqnr(k[:, 11], k_hat[:, 11]) > 50  # 10 bits
+    assert sqnr(v[:, 11], v_hat[:, 11]) > 28  # 6 bits
+    k_without, v_without = decode(encode(k, v, plain := StoreLayout(QuantSpec(4, 2, 128, exact_rows=0), 64,
+                                                                   torch.float32)), plain)
+    assert sqnr(k[:, 11], k_without[:, 11]) < 40 and sqnr(v[:, 11], v_without[:, 11]) < 20
+
+
+def test_an_exact_token_is_marked_by_a_negative_zero():
+    k, v = tiles("outlier_tokens")
+    layout = StoreLayout(resolve("k4v2_g128"), 64, torch.float32)
+    record = encode(k, v, layout)
+    marked = layout.record["kt"].of(record).view(torch.int16) == -(2**15)
+    assert torch.equal(marked.nonzero()[:, 1].view(-1, 1), layout.record["exact_at"].of(record).long())
+    assert bool((marked.sum(-1) == layout.spec.exact_rows).all())
+
+
+def test_a_key_range_leaves_the_exact_token_out():
+    k, v = tiles("gaussian")
+    k[:, 5], v[:, 5] = 100 * k[:, 5].sign(), 1e-3 * v[:, 5]
+    layout = StoreLayout(resolve("k4v2_g128"), k.shape[-1], torch.float32)
+    k_hat, _ = decode(encode(k, v, layout), layout)
+    others = torch.arange(k.shape[1]) != 5
+    assert sqnr(k[:, others], k_hat[:, others]) > 18
 
 
 @pytest.mark.parametrize("name", PRESETS)

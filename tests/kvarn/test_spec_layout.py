@@ -1,8 +1,12 @@
 """Specs, preset names and byte layout."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+from kvarn import spec as spec_module
 from kvarn.errors import ShapeError, SpecError
 from kvarn.layout import ALIGN, StoreLayout
 from kvarn.spec import PRESETS, QuantSpec, preset_name, resolve
@@ -72,6 +76,14 @@ def test_capacity_promises():
     assert small.nbytes(1, 1, 1024) * 3.5 <= 1024 * 64 * 2 * 2
     raw = StoreLayout(resolve("k16v16"), 80, torch.bfloat16)
     assert raw.bytes_per_token == 80 * 2 * 2
+
+
+def test_the_documented_bytes_are_the_layouts():
+    text = Path(spec_module.__file__).read_text()
+    for name, preset in PRESETS.items():
+        sizes = [StoreLayout(preset, dim, torch.float16).bytes_per_token for dim in (64, 128, 256)]
+        documented = re.search(rf"^    {name} +([\d. ]+)$", text, re.M)
+        assert documented and [float(x) for x in documented[1].split()] == sizes, (name, sizes)
 
 
 def test_head_dim_and_dtype_are_checked():

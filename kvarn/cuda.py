@@ -1,0 +1,154 @@
+"""kvarn::append and kvarn::attend on a GPU: which kernels run, with what scratch. No host synchronization anywhere.
+
+Semantics are the CPU implementations' (append.py, attention.py), with two differences a device imposes: a chunk's
+positions must be consecutive in each row, and a position outside the capacity is not written (an exception would need a
+synchronization). Every decision that depends on data is made on the device, so that a step can be captured in a CUDA
+graph.
+"""
+
+import torch
+from torch import Tensor
+
+from kvarn.errors import ShapeError, SpecError
+from kvarn.kernels import append, combine, configs, decode, prepare, quantize, unpack
+from kvarn.layout import StoreLayout, store_layout
+from kvarn.raw import append_raw, read_raw
+
+SCRATCH_BYTES = 1 << 28
+"""A chunk unpacks the cache of as many rows at a time as fit here (at least one)."""
+
+
+def append_cuda(k: Tensor, v: Tensor, positions: Tensor, records: Tensor, tail: Tensor, lengths: Tensor,
+                balance: Tensor, spec: str) -> None:
+    """Store k, v [B', H, n, D] at consecutive positions [n] or [B', n]; see kvarn/append.py.
+
+    Raises:
+        ShapeError: if k, v or positions do not fit the store.
+        SpecError: for a preset no kernel exists for.
+    """
+    layout = store_layout(spec, k.shape[-1], k.dtype)
+    rows, tokens = k.shape[0], k.shape[2]
+    _check_store(k, records, tail, lengths)
+    if k.shape != v.shape or positions.shape[-1] != tokens:
+        raise ShapeError(f"k {tuple(k.shape)}, v {tuple(v.shape)}, {positions.shape[-1]} positions; valid: equal shapes "
+                         "[rows, heads, tokens, head_dim] and one position per token")
+    if tokens == 0 or rows == 0:
+        return
+    if layout.spec.method == "raw":
+        append_raw(k, v, positions.expand(rows, tokens), records[:rows], tail[:rows], lengths[:rows], layout)
+        return
+    offsets = _offsets(layout)
+    positions = positions if positions.dim() == 2 else positions[None]
+    k, v = _channels_last(k), _channels_last(v)
+    before = torch.empty_like(lengths[:rows])
+    quantize.close(k, v, positions, records, tail, lengths, before, balance, configs.tile_warps(layout.head_dim),
+                   **offsets)
+    append.open_(k, v, positions, records, tail, lengths, before, balance, configs.token_warps(tokens), **offsets)
+
+
+def attend_cuda(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, records: Tensor, tail: Tensor, lengths: Tensor,
+                balance: Tensor, mask: Tensor | None, kv_len: int, is_causal: bool, scale: float, spec: str) -> Tensor:
+    """Attention of q [B', Hq, n, D] over the store after the append of k, v; see kvarn/attention.py.
+
+    Raises:
+        ShapeError: if q does not fit the store.
+        SpecError: for a preset no kernel exists for.
+    """
+    layout = store_layout(spec, q.shape[-1], q.dtype)
+    rows, query_heads, tokens, _ = q.shape
+    _check_store(k, records, tail, lengths)
+    if query_heads % records.shape[1]:
+        raise ShapeError(f"{query_heads} query heads over {records.shape[1]} KV heads; valid: a multiple")
+    if is_causal:
+        kv_len = min(kv_len, tokens)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if rows == 0 or tokens == 0 or kv_len == 0:
+        return out.zero_()
+    if mask is not None:
+        mask = mask.expand(rows, query_heads, tokens, kv_len)
+    if layout.spec.method == "raw":
+        key, value = read_raw(records[:rows], tail[:rows], lengths[:rows], layout)
+        return _sdpa(q, key[:, :, :kv_len], value[:, :, :kv_len], mask, is_causal, scale, out)
+    if tokens == 1:
+        return _decode(q, records, tail, lengths, balance, mask, kv_len, scale, layout, out)
+    positions = positions if positions.dim() == 2 else positions[None]
+    heads, dim = records.shape[1], layout.head_dim
+    step = max(1, SCRATCH_BYTES // (2 * heads * kv_len * dim * q.element_size()))
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        shape = (part.stop - start, heads, kv_len, dim)
+        key, value = q.new_empty(shape), q.new_empty(shape)
+        own = positions[part] if positions.shape[0] > 1 else positions
+        unpack.unpack(_channels_last(k[part]), _channels_last(v[part]), own, records[part], tail[part], lengths[part],
+                      balance, key, value, *configs.unpack(dim), **_offsets(layout))
+        _sdpa(q[part], key, value, None if mask is None else mask[part], is_causal, scale, out[part])
+    return out
+
+
+def _decode(q: Tensor, records: Tensor, tail: Tensor, lengths: Tensor, balance: Tensor, mask: Tensor | None,
+            kv_len: int, scale: float, layout: StoreLayout, out: Tensor) -> Tensor:
+    """One query token per row, over the packed tiles."""
+    rows, query_heads, tokens, dim = q.shape
+    heads = records.shape[1]
+    group = query_heads // heads
+    padded = max(8, 1 << (group * tokens - 1).bit_length())
+    config = configs.decode(rows, heads, layout.tiles(kv_len), padded, layout, _processors(q.device))
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    rotated = q.new_empty((rows, heads, padded, dim), dtype=torch.float16)
+    extent = lengths.new_empty((rows, heads, 4), dtype=torch.int32)
+    partial = q.new_empty((rows, heads, config.splits + 1, padded, dim), dtype=torch.float32)
+    sums = q.new_empty((rows, heads, config.splits + 1, 2, padded), dtype=torch.float32)
+    prepare.prepare(_channels_last(q), balance, mask, rotated, extent, kv_len, scale, num_warps=4)
+    decode.decode(rotated, records, tail, lengths, extent, mask, prepare.differs(mask, group), partial, sums, group,
+                  tokens, _has_inline_assembly(q.device), config.step, config.num_warps, config.num_stages,
+                  config.maxnreg, **_offsets(layout))
+    combine.combine(partial, sums, out, num_warps=4)
+    return out
+
+
+def _sdpa(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float,
+          out: Tensor) -> Tensor:
+    """PyTorch's attention into `out`. With a mask, one query head of each group at a time: no fused kernel takes both a
+    mask and grouped heads, and the unfused one would hold all scores."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    group = q.shape[1] // key.shape[1]
+    if mask is None or group == 1:
+        out.copy_(attention(q, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=group > 1))
+        return out
+    for i in range(group):
+        out[:, i::group] = attention(q[:, i::group], key, value, mask[:, i::group], is_causal=is_causal, scale=scale)
+    return out
+
+
+def _check_store(k: Tensor, records: Tensor, tail: Tensor, lengths: Tensor) -> None:
+    if k.shape[0] > records.shape[0] or k.shape[1] != records.shape[1]:
+        raise ShapeError(f"{k.shape[0]} rows and {k.shape[1]} heads in a store of {records.shape[0]} rows and "
+                         f"{records.shape[1]} heads; valid: at most as many rows, as many heads")
+    if not (records.is_contiguous() and tail.is_contiguous() and lengths.is_contiguous()):
+        raise ShapeError("a packed store's tensors must be contiguous on a GPU")
+
+
+def _offsets(layout: StoreLayout) -> dict[str, int]:
+    """configs.offsets of a layout that kernels exist for."""
+    spec = layout.spec
+    if spec.method != "kvarn" or spec.tail_bits != 8 or spec.sink:
+        raise SpecError(f"{spec.key} has no GPU kernels; valid there: method 'kvarn' with an 8-bit tail and no sink, or "
+                        "'k16v16'")
+    if spec.k_bits not in configs.BITS or spec.v_bits not in configs.BITS:
+        raise SpecError(f"{spec.key} has no GPU kernels; valid there: bits of {configs.BITS}")
+    if layout.head_dim not in configs.HEAD_DIMS:
+        raise ShapeError(f"head_dim={layout.head_dim} has no GPU kernels; valid there: {configs.HEAD_DIMS}")
+    return configs.offsets(layout)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _has_inline_assembly(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
