@@ -1,0 +1,103 @@
+"""Memory of plain cache tensors: giving it back, and tensors that never had any.
+
+A freed tensor keeps its shape, strides and address range. On the CPU the pages go back to the system: reading gives
+zeros (it must not crash the process) and writing raises, so nothing is lost silently. On CUDA the storage shrinks to
+nothing and any access raises.
+"""
+
+import ctypes
+import math
+import mmap
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MADV_DONTNEED = 4
+_FREED = "this KV cache lives in a packed kvarn store; call kvarn_compile.release(cache) to get the plain tensor back"
+
+
+def empty_cache(shape: Sequence[int], dtype: torch.dtype = torch.float16, device: torch.device | str = "cpu") -> Tensor:
+    """A cache tensor of zeros that takes no memory until something is written to it in plain form.
+
+    With it a model can start without ever holding its plain cache: the compiled model moves it to a packed store at
+    the first call. Where the model turns out to be unsupported it works as an ordinary tensor of zeros (CPU).
+
+    Args:
+        shape: sizes of the cache, e.g. (batch, KV heads, capacity, head_dim).
+        dtype: its dtype.
+        device: "cpu", or a CUDA device: there the tensor has no memory at all until it is moved to a store, and any
+            access before that raises.
+    """
+    device, nbytes = torch.device(device), math.prod(shape) * dtype.itemsize
+    if nbytes == 0:
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    if device.type == "cpu":
+        storage = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8).untyped_storage()
+    else:
+        storage = torch._C._construct_storage_from_data_pointer(0, device, nbytes)
+    husk = torch.empty(0, dtype=dtype, device=device).set_(storage, 0, tuple(shape))  # type: ignore[call-overload]
+    husk._kvarn_husk = husk._version  # type: ignore[attr-defined]
+    return husk
+
+
+def untouched(tensor: Tensor) -> bool:
+    """True for a tensor of `empty_cache` that nothing was written to."""
+    husk = getattr(tensor, "_kvarn_husk", None)
+    return husk is not None and not tensor.is_inference() and tensor._version == husk
+
+
+def why_not_free(tensor: Tensor) -> str:
+    """Why the memory of `tensor` cannot be given back, in words; "" if it can."""
+    storage = tensor.untyped_storage()
+    if storage.nbytes() != tensor.numel() * tensor.element_size():
+        return "it is a part of a larger tensor"
+    # One owner is the tensor, the other is the Python object `storage`.
+    if torch._C._storage_Use_Count(storage._cdata) > 2:
+        return "another tensor shares its memory"
+    if tensor.device.type == "cpu":
+        if storage.is_shared() or storage.filename is not None:
+            return "its memory is shared with another process or a file"
+        if tensor.is_pinned():
+            return "its memory is pinned"
+        if not storage.resizable() and not hasattr(tensor, "_kvarn_husk"):
+            return "its memory belongs to another library (numpy, a buffer)"
+    return ""
+
+
+def free(tensor: Tensor) -> None:
+    """Gives the memory of a tensor back, for which why_not_free returned "". It keeps its shape and strides."""
+    if tensor.device.type == "cpu":
+        _return_pages(tensor.data_ptr(), tensor.untyped_storage().nbytes())
+        torch._C._set_throw_on_mutable_data_ptr(tensor)
+    else:
+        storage = tensor.untyped_storage()
+        if storage.resizable():  # one of `empty_cache` is not, and holds nothing
+            storage.resize_(0)
+        explain = getattr(torch._C, "_set_storage_data_ptr_access_error_msg", None)  # CUDA builds only
+        if explain is not None:
+            explain(storage._cdata, _FREED)
+
+
+def refill(tensor: Tensor, content: Tensor) -> None:
+    """Gives a freed tensor memory again, with `content` (of its shape) in it; the Python object stays the same."""
+    # A freed CPU storage cannot be made writable again, so it is replaced, under the tensor's own strides.
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        fresh = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        tensor.data = fresh.copy_(content)
+    if hasattr(tensor, "_kvarn_husk"):
+        delattr(tensor, "_kvarn_husk")
+
+
+def _return_pages(address: int, nbytes: int) -> None:
+    """Zeroes `nbytes` bytes at `address`, by dropping the whole pages among them."""
+    page = mmap.PAGESIZE
+    first, last = -(-address // page) * page, (address + nbytes) // page * page
+    if last <= first:
+        ctypes.memset(address, 0, nbytes)
+        return
+    ctypes.memset(address, 0, first - address)
+    ctypes.memset(last, 0, address + nbytes - last)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED) != 0:
+        ctypes.memset(first, 0, last - first)  # still zeros to a reader, though the memory stays
