@@ -12,6 +12,9 @@ from kvarn.frame import keys_in, queries_in, values_in, values_out
 from kvarn.layout import StoreLayout, store_layout
 from kvarn.quantize import decode, read_tail
 
+_TILES_AT_ONCE = 512
+"""Tiles unpacked together, whole heads at a time: bounds the float32 temporaries of a chunk over a long history."""
+
 
 def attend_cpu(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, records: Tensor, tail: Tensor, lengths: Tensor,
                balance: Tensor, mask: Tensor | None, kv_len: int, is_causal: bool, scale: float, spec: str) -> Tensor:
@@ -44,12 +47,20 @@ def attend_cpu(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, records: Tens
         out = fold.attend_one(query, records, tail, opened, mask, last - first, scale, layout)
     else:
         own = (keys_in(k, balance, layout), values_in(v, layout), positions.expand(rows, k.shape[2]) - first)
-        key, value = _unpacked(records, tail, opened, own, begin, layout)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key[:, :, : last - first], value[:, :, : last - first], mask, is_causal=is_causal, scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1])
+        heads, outs = records.shape[1], []
+        at_once = max(1, _TILES_AT_ONCE // max(1, rows * (end - begin)))
+        for part in (slice(h, h + at_once) for h in range(0, heads, at_once)):
+            asked = slice(part.start * q.shape[1] // heads, part.stop * q.shape[1] // heads)
+            key, value = _unpacked(records[:, part], tail[:, part], opened, (own[0][:, part], own[1][:, part], own[2]),
+                                   begin, layout)
+            per_head = mask is not None and mask.dim() >= 3 and mask.shape[-3] != 1
+            outs.append(torch.nn.functional.scaled_dot_product_attention(
+                query[:, asked], key[:, :, : last - first], value[:, :, : last - first],
+                mask[..., asked, :, :] if per_head else mask,  # type: ignore[index]
+                is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != heads))
+        out = torch.cat(outs, 1)
     return values_out(out, layout).to(q.dtype).contiguous()
 
 

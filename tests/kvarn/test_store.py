@@ -202,3 +202,16 @@ def test_half_precision_models(dtype, bound):
     expected = reference.attention(q, *(x[:, :, :200] for x in read))
     assert out.dtype == dtype and out.is_contiguous()
     assert float((out.double() - expected).norm() / expected.norm()) < bound
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 5, 256), (8, 5, 256), (5, 256), None])
+def test_heads_unpacked_together_do_not_matter(shape, monkeypatch):
+    k, v = torch.randn(2, 2, 4, 200, DIM)
+    store = PackedCache.empty("k4v2_g64", 2, 4, 256, DIM, torch.float32)
+    store.append(k, v, torch.arange(200))
+    q, mask = torch.randn(2, 8, 5, DIM), None if shape is None else torch.randn(shape)
+    outs = []
+    for tiles in (512, 1):
+        monkeypatch.setattr("kvarn.attention._TILES_AT_ONCE", tiles)
+        outs.append(store.attend(q, k[:, :, 195:], v[:, :, 195:], torch.arange(195, 200), mask))
+    torch.testing.assert_close(outs[1], outs[0])
