@@ -10,6 +10,9 @@ from kvarn.layout import StoreLayout
 from kvarn.quantize import decode, read_tail
 from kvarn.spec import QuantSpec, resolve
 
+_POSITIONS_AT_ONCE = 1024
+"""Positions of a plain cache looked at together: importing one must not need memory of its size."""
+
 
 class PackedCache:
     """The packed K and V of one attention layer: B rows, H KV heads, `capacity` positions.
@@ -88,7 +91,8 @@ class PackedCache:
         if k.shape != v.shape or k.shape[2] > self.capacity:
             raise ShapeError(f"k {tuple(k.shape)}, v {tuple(v.shape)}; valid: equal, at most {self.capacity} positions")
         self.reset()
-        used = ((k != 0) | (v != 0)).any(-1).any(1)
+        pieces = zip(k.split(_POSITIONS_AT_ONCE, 2), v.split(_POSITIONS_AT_ONCE, 2), strict=True)
+        used = torch.cat([((a != 0) | (b != 0)).any(-1).any(1) for a, b in pieces], 1)
         ends = torch.where(used, torch.arange(1, k.shape[2] + 1, device=k.device), 0).amax(1)
         for row, end in enumerate(ends.tolist()):
             one = slice(row, row + 1)

@@ -70,9 +70,9 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     heads, group = scores.shape[1:3]
     mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape).squeeze(2)
     mask = mask.unflatten(1, (heads, group)) if mask.shape[1] == heads * group else mask[:, :, None]
-    if mask.dtype == torch.bool:
-        return torch.nan_to_num(scores.masked_fill(~mask, -torch.inf).softmax(-1), nan=0.0)
-    return torch.nan_to_num((scores + mask).softmax(-1), nan=0.0)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.softmax(-1).masked_fill(nothing, 0.0)  # a NaN of the query stays, as in the plain model
 
 
 def _outputs(weights: Tensor, records: Tensor, layout: StoreLayout) -> Tensor:

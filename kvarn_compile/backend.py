@@ -113,7 +113,8 @@ def _or_plain(compiled: Callable[..., Any], gm: fx.GraphModule, example_inputs: 
         except binding.NotOwned as refusal:
             if not plain:
                 log.warning("%s; this graph now runs on the plain cache", refusal)
-                plain.append(torch.compile(gm, backend=options.inner))
+                patches = dict(options.inductor) or None
+                plain.append(torch.compile(gm, backend=options.inner, options=patches))
             binding.restore_plain(args[i] for i in caches)
             return plain[0](*args)
 

@@ -6,15 +6,16 @@ decode, a recompiled one) finds the same store, and it dies with them; there is 
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvarn.cache import PackedCache
 from kvarn.errors import OwnershipError
 from kvarn_compile import storage
+from kvarn_compile.walk import reachable
 from kvarn_passes import CacheAxes, StorePair
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def _pack(key: Tensor, value: Tensor, pair: StorePair, balance: Tensor | None) -
     rows, heads, capacity, dim = k.shape
     with torch.inference_mode(False):  # the store outlives the caller's mode, and a graph may write it in another
         store = PackedCache.empty(pair.spec, rows, heads, capacity, dim, key.dtype, key.device, balance)
-        if not (storage.untouched(key) and storage.untouched(value)):
+        if storage.has_memory(key) and storage.has_memory(value):
             store.load(k, v)
     log.debug("packed %s: %d -> %d bytes", pair.module_path, key.nbytes + value.nbytes, store.nbytes)
     binding = Binding(store, pair.axes, key, value)
@@ -123,8 +124,15 @@ def _pack(key: Tensor, value: Tensor, pair: StorePair, balance: Tensor | None) -
 
 
 def restore_plain(tensors: Iterable[Tensor]) -> None:
-    """Makes those of `tensors` plain again whose content is in a store, with a warning: the caller reads them plain."""
+    """Makes those of `tensors` plain again whose content is in a store, with a warning: the caller reads them plain.
+
+    Raises:
+        OwnershipError: for a view taken of a packed tensor: it has the memory that was given back.
+    """
     for tensor in tensors:
+        if tensor._base is not None and binding_of(tensor._base) is not None:
+            raise OwnershipError(f"a view {tuple(tensor.shape)} of a packed KV cache is read: call "
+                                 "kvarn_compile.release(cache) before taking views of it")
         _give_up(tensor, "a graph reads or writes it in plain form (kvarn_compile.explain says why)")
 
 
@@ -139,51 +147,22 @@ def release(cache: Any) -> int:
     """Moves packed caches back into the user's plain tensors, dequantized. Doing it twice changes nothing.
 
     Args:
-        cache: a tensor, a module (its buffers and attributes), a transformers Cache, or a list, tuple or dict of these.
+        cache: a tensor, a module, a transformers Cache, or any object or container that holds such.
 
     Returns:
         How many K and V pairs were unpacked.
 
     Raises:
-        OwnershipError: if `cache` is nothing that holds tensors.
+        OwnershipError: if there is no tensor in `cache`.
     """
+    tensors = [tensor for tensor in reachable(cache) if isinstance(tensor, Tensor)]
+    if not tensors:
+        raise OwnershipError(f"release({type(cache).__name__}): no tensor found in it; valid: a tensor, a module, a "
+                             "transformers Cache, or an object or container of these")
     released = 0
-    for tensor in _tensors(cache, set()):
+    for tensor in tensors:
         binding = binding_of(tensor)
         if binding is not None:
             binding.restore()
             released += 1
     return released
-
-
-def _tensors(cache: Any, seen: set[int]) -> Iterator[Tensor]:
-    if id(cache) in seen:
-        return
-    seen.add(id(cache))
-    if isinstance(cache, Tensor):
-        yield cache
-    elif isinstance(cache, nn.Module):
-        for module in cache.modules():
-            yield from module.buffers(recurse=False)
-            yield from _attributes(module)
-    elif isinstance(cache, Mapping):
-        for item in cache.values():
-            yield from _tensors(item, seen)
-    elif isinstance(cache, (list, tuple)):
-        for item in cache:
-            yield from _tensors(item, seen)
-    elif hasattr(cache, "layers"):  # a transformers Cache: a list of layers with tensors as attributes
-        yield from _tensors(list(cache.layers), seen)
-    elif hasattr(cache, "__dict__"):
-        yield from _attributes(cache)
-    else:
-        raise OwnershipError(f"release({type(cache).__name__}): valid: a tensor, a module, a Cache, or a list of these")
-
-
-def _attributes(owner: Any) -> Iterator[Tensor]:
-    """The tensors an object holds as attributes, or in lists of nothing else."""
-    for item in list(vars(owner).values()):
-        if isinstance(item, Tensor):
-            yield item
-        elif isinstance(item, (list, tuple)) and all(isinstance(x, Tensor) for x in item):
-            yield from item

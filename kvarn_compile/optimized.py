@@ -9,12 +9,15 @@ backend is kvarn; nothing changes for other backends.
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+
+_switching = threading.Lock()
 
 
 def adapt_transformers() -> None:
@@ -54,14 +57,21 @@ def _generate(optimized: OptimizedModule) -> Callable[..., Any]:
 
 @contextmanager
 def _compiled(model: nn.Module, optimized: OptimizedModule) -> Iterator[None]:
-    """Inside, calling `model` runs its compiled form, as it does after model.compile()."""
-    before = model._compiled_call_impl
-    if before is None:
-        model._compiled_call_impl = optimized.dynamo_ctx(model._call_impl)
+    """Inside, calling `model` runs its compiled form, as it does after model.compile(). May overlap with others."""
+    with _switching:
+        depth, before = vars(model).get("_kvarn_generating", (0, model._compiled_call_impl))
+        vars(model)["_kvarn_generating"] = depth + 1, before
+        if depth == 0:
+            model._compiled_call_impl = optimized.dynamo_ctx(model._call_impl)
     try:
         yield
     finally:
-        model._compiled_call_impl = before
+        with _switching:
+            depth, before = vars(model).pop("_kvarn_generating")
+            if depth == 1:
+                model._compiled_call_impl = before
+            else:
+                vars(model)["_kvarn_generating"] = depth - 1, before
 
 
 OptimizedModule.generate = property(_generate)  # type: ignore[attr-defined]

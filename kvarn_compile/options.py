@@ -25,7 +25,8 @@ class Options:
     Attributes:
         spec: the format of the packed caches.
         balance: "weights" (a key scale from the weights of a biased key projection, else none), "off", or the scales
-            themselves: {"layers.0": [H, D], ...} float32, numbered in the order of the model's attentions.
+            themselves: {"layers.0": [H, D], ...} float32. The number is the layer's in the model (the last number in
+            its attention's module path), or, in a model without numbers, that of the packed cache in the graph.
         inner: the backend that compiles the rewritten graph, one of INNER.
         inductor: config patches for inductor, mode's included.
     """

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kvarn.layout import store_layout
 from kvarn.spec import DEFAULT_PRESET, QuantSpec, preset_name, resolve
 from kvarn_compile.options import Options
+from kvarn_compile.walk import reachable
 from kvarn_passes import Rewritten, StorePair
 
 
@@ -173,20 +174,8 @@ def _explaining(options: Options) -> Callable[..., Any]:
 
 def _pinned(value: Any, memo: dict[int, Any]) -> Any:
     """`value`, after telling deepcopy, through its memo, to share every tensor and module found in it."""
-    todo, seen = [value], set()
-    while todo:
-        item = todo.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, (Tensor, nn.Module)):
-            memo[id(item)] = item
-        elif isinstance(item, Mapping):
-            todo.extend(item.values())
-        elif isinstance(item, (list, tuple)):
-            todo.extend(item)
-        elif hasattr(item, "__dict__") and not isinstance(item, type):
-            todo.extend(vars(item).values())
+    for item in reachable(value, into_modules=False):
+        memo[id(item)] = item
     return value
 
 

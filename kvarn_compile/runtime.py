@@ -1,5 +1,6 @@
 """What runs around a compiled graph at every call: packed caches in place of plain ones, plain ones where needed."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ class Packed:
         if source is None or source.inv_freq is None:
             return self._given[number]
         norm = None if source.norm is None else args[source.norm]
-        return balance.from_weights(args[source.weight], args[source.bias], norm, args[source.inv_freq],
+        return balance.from_weights(args[source.weight], args[source.bias], norm, args[source.inv_freq].flatten(),
                                     self._pairs[number].spec.group)
 
 
@@ -63,5 +64,8 @@ def guarded(compiled: Callable[..., Any], watched: Sequence[int]) -> Callable[..
 
 
 def _given_balance(options: Options, layer: int, pair: StorePair, inputs: Sequence[Any]) -> Tensor | None:
+    """The scale given for the layer: the last number in its module path, or `layer` where the path has none."""
     shape = inputs[pair.key_input].shape
-    return options.balance_of(layer, int(shape[pair.axes.heads]), int(shape[pair.axes.channels]))
+    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", pair.module_path)
+    heads, head_dim = (int(shape[axis]) for axis in (pair.axes.heads, pair.axes.channels))
+    return options.balance_of(int(numbers[-1]) if numbers else layer, heads, head_dim)

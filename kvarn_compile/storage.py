@@ -33,22 +33,25 @@ def empty_cache(shape: Sequence[int], dtype: torch.dtype = torch.float16, device
     if nbytes == 0:
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
     if device.type == "cpu":
-        storage = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8).untyped_storage()
+        # Private: pages of a shared mapping would outlive madvise, and a forked child would write into them.
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
     else:
         storage = torch._C._construct_storage_from_data_pointer(0, device, nbytes)
     husk = torch.empty(0, dtype=dtype, device=device).set_(storage, 0, tuple(shape))  # type: ignore[call-overload]
-    husk._kvarn_husk = husk._version  # type: ignore[attr-defined]
+    husk._kvarn_husk = True  # type: ignore[attr-defined]
     return husk
 
 
-def untouched(tensor: Tensor) -> bool:
-    """True for a tensor of `empty_cache` that nothing was written to."""
-    husk = getattr(tensor, "_kvarn_husk", None)
-    return husk is not None and not tensor.is_inference() and tensor._version == husk
+def has_memory(tensor: Tensor) -> bool:
+    """False for a CUDA tensor of `empty_cache`: there is nothing to read."""
+    return tensor.device.type == "cpu" or tensor.untyped_storage().data_ptr() != 0
 
 
 def why_not_free(tensor: Tensor) -> str:
     """Why the memory of `tensor` cannot be given back, in words; "" if it can."""
+    if isinstance(tensor, torch.nn.Parameter):
+        return "it is a parameter, not a buffer"
     storage = tensor.untyped_storage()
     if storage.nbytes() != tensor.numel() * tensor.element_size():
         return "it is a part of a larger tensor"

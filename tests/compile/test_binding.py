@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from drive import STYLES, Driver, assert_same, prompt
+from drive import LOSSLESS, STYLES, Driver, assert_same, prompt
 from test_storage import MB, resident
 from toy_models import Config
 
@@ -50,8 +50,48 @@ def test_release_takes_tensors_and_containers(pack):
 
 
 def test_release_of_something_else():
-    with pytest.raises(OwnershipError, match="valid: a tensor, a module"):
-        kvarn_compile.release(3)
+    for nothing in (3, [], {"k": "v"}):
+        with pytest.raises(OwnershipError, match="no tensor found in it; valid: a tensor, a module"):
+            kvarn_compile.release(nothing)
+
+
+def test_release_finds_tensors_at_any_depth():
+    driver = Driver("gptfast", Config(layers=1)).compile()
+    driver.step(prompt(driver.config, 4))
+    holder = torch.nn.Module()
+    holder.state = {"caches": [{"k": driver.caches()[0]}]}
+    assert kvarn_compile.release(holder) == 1
+
+
+def test_a_view_of_a_packed_cache_is_refused_with_words():
+    driver = Driver("gptfast", Config(layers=1)).compile()
+    driver.step(prompt(driver.config, 4))
+    view = driver.caches()[0][:, :, :4]
+    with torch.no_grad(), pytest.raises(OwnershipError, match="before taking views"):
+        torch.compile(lambda x: x * 2, backend="kvarn", options=LOSSLESS)(view)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_packing_a_husk_never_holds_its_size():
+    """Two empty caches of 128 MB each move to a store; the kernel's high-water mark tells what it took meanwhile."""
+    from pathlib import Path
+
+    from kvarn.spec import resolve
+    from kvarn_compile import empty_cache
+    from kvarn_compile.binding import acquire
+    from kvarn_passes import CacheAxes, StorePair
+
+    def peak():
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+    caches = [empty_cache((4, 8, 16384, 64), torch.float32) for _ in range(2)]
+    pair = StorePair(0, 1, CacheAxes(0, 1, 2, 3), resolve("k4v2_g128"), None, "layer")
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident
+    before = resident()
+    store, = acquire([pair], caches, lambda number: None)
+    assert caches[0].nbytes == 128 * MB and not store.lengths.any()
+    assert peak() - before < store.nbytes + 24 * MB
 
 
 def test_existing_content_is_imported():
@@ -127,6 +167,20 @@ def test_given_balance_reaches_the_store():
     packed = driver.step(prompt(config, 130))
     assert torch.equal(binding_of(driver.caches()[2]).store.balance, scales["layers.1"])
     torch.testing.assert_close(packed, Driver("gptfast", config).step(prompt(config, 130)), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(("path", "key"), [("model.layers.3.attn", "layers.3"), ("layers.10", "layers.10"),
+                                           ("h2.attn", "layers.1"), ("", "layers.1")])
+def test_given_balance_goes_by_the_layer_number(path, key):
+    """The graph's second pair may be any layer: others can be refused, or in another graph after a graph break."""
+    from kvarn.spec import resolve
+    from kvarn_compile.runtime import _given_balance
+    from kvarn_passes import CacheAxes, StorePair
+
+    scales = {f"layers.{n}": torch.full((2, 64), 1.0 + n) for n in (1, 3, 10)}
+    pair = StorePair(0, 1, CacheAxes(0, 1, 2, 3), resolve("k4v2_g128"), None, path)
+    options = Options.parse(options={"balance": scales})
+    assert torch.equal(_given_balance(options, 1, pair, [torch.zeros(1, 2, 8, 64)]), scales[key])
 
 
 def test_missing_balance_is_an_error():

@@ -184,3 +184,18 @@ def test_explain_names_the_layers():
         result = kvarn_compile.explain(model, tokens(1, 20), **{CACHE: cache})
     assert [row.rewritten for row in result.rows] == [False, True]
     assert result.rows[1].module == "model.layers.1.self_attn"
+
+
+def test_overlapping_generate_calls_stay_compiled():
+    from kvarn_compile.optimized import _compiled
+
+    model = torch.nn.Linear(2, 2)
+    compiled = torch.compile(model, backend="kvarn", options=LOSSLESS)
+    plain = model._compiled_call_impl
+    first, second = _compiled(model, compiled), _compiled(model, compiled)
+    with first:
+        inside = model._compiled_call_impl
+        second.__enter__()
+    assert model._compiled_call_impl is inside is not plain
+    second.__exit__(None, None, None)
+    assert model._compiled_call_impl is plain

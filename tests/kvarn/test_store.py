@@ -215,3 +215,13 @@ def test_heads_unpacked_together_do_not_matter(shape, monkeypatch):
         monkeypatch.setattr("kvarn.attention._TILES_AT_ONCE", tiles)
         outs.append(store.attend(q, k[:, :, 195:], v[:, :, 195:], torch.arange(195, 200), mask))
     torch.testing.assert_close(outs[1], outs[0])
+
+
+def test_a_query_of_nan_stays_nan():
+    """A broken model must not look healthy: only rows that see nothing become zeros."""
+    store = PackedCache.empty("k4v2_g64", 1, HEADS, 128, DIM, torch.float32)
+    k, v = tokens(1, 70)
+    store.append(k, v, torch.arange(70))
+    q = torch.full((1, HEADS, 1, DIM), float("nan"))
+    out = store.attend(q, k[:, :, -1:], v[:, :, -1:], torch.tensor([69]), torch.ones(1, 1, 1, 128, dtype=torch.bool))
+    assert out.isnan().all()
