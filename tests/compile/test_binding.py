@@ -91,7 +91,7 @@ def test_packing_a_husk_never_holds_its_size():
     before = resident()
     store, = acquire([pair], caches, lambda number: None)
     assert caches[0].nbytes == 128 * MB and not store.lengths.any()
-    assert peak() - before < store.nbytes + 24 * MB
+    assert peak() - before < store.nbytes + 64 * MB  # far under the 256 MB of the caches
 
 
 def test_existing_content_is_imported():
