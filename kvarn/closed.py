@@ -5,8 +5,8 @@
     values  m = mean over tokens of V[t] / |V[t]|;  w[t] = <V[t], m> / <m, m>;  Z = V - w m
             c[t,d] = floor(Z / (step * rms(Z[t]))) + 1/2, clamped;  vt[t] = <Z, Z> / <Z, c>
             V_hat[t,d] = c[t,d] * vt[t] + w[t] * m[d]
-    exact   the tokens of smallest |V| (attention sinks have it) are kept, key and value, as the tail keeps tokens; keys'
-            ranges leave them out, their kt is -0.0, their vt and w are 0
+    exact   the tokens of smallest |V| (attention sinks have it) are kept, key and value, as the tail keeps tokens;
+            keys' ranges leave them out, their kt is -0.0, their vt and w are 0
 
 Codes are made with the rounded scales. vt makes <Z, Z_hat> = <Z, Z>: the MSE-optimal step alone shrinks every value,
 and that bias does not average out over the tokens an attention sums (docs/accuracy.md). Steps: J. Max, "Quantizing for

@@ -30,8 +30,8 @@ def append_cuda(k: Tensor, v: Tensor, positions: Tensor, records: Tensor, tail: 
     rows, tokens = k.shape[0], k.shape[2]
     _check_store(k, records, tail, lengths)
     if k.shape != v.shape or positions.shape[-1] != tokens:
-        raise ShapeError(f"k {tuple(k.shape)}, v {tuple(v.shape)}, {positions.shape[-1]} positions; valid: equal shapes "
-                         "[rows, heads, tokens, head_dim] and one position per token")
+        raise ShapeError(f"k {tuple(k.shape)}, v {tuple(v.shape)}, {positions.shape[-1]} positions; valid: equal "
+                         "shapes [rows, heads, tokens, head_dim] and one position per token")
     if tokens == 0 or rows == 0:
         return
     if layout.spec.method == "raw":
@@ -41,9 +41,11 @@ def append_cuda(k: Tensor, v: Tensor, positions: Tensor, records: Tensor, tail: 
     positions = positions if positions.dim() == 2 else positions[None]
     k, v = _channels_last(k), _channels_last(v)
     before = torch.empty_like(lengths[:rows])
-    quantize.close(k, v, positions, records, tail, lengths, before, balance, configs.tile_warps(layout.head_dim),
-                   **offsets)
-    append.open_(k, v, positions, records, tail, lengths, before, balance, configs.token_warps(tokens), **offsets)
+    quantize.close(k, v, positions, records, tail, lengths, before, balance, *configs.close(layout.head_dim), **offsets)
+    if tokens == 1:
+        append.write(k, v, positions, records, tail, lengths, balance, num_warps=4, **offsets)
+    else:
+        append.open_(k, v, positions, records, tail, lengths, before, balance, num_warps=4, **offsets)
 
 
 def attend_cuda(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, records: Tensor, tail: Tensor, lengths: Tensor,
@@ -116,6 +118,9 @@ def _sdpa(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal:
     if mask is None or group == 1:
         out.copy_(attention(q, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=group > 1))
         return out
+    if mask.dtype == torch.bool:  # else every call would make the same bias of it
+        shared = mask[:, :1] if mask.stride(1) == 0 else mask
+        mask = q.new_zeros(shared.shape).masked_fill_(~shared, -torch.inf).expand_as(mask)
     for i in range(group):
         out[:, i::group] = attention(q[:, i::group], key, value, mask[:, i::group], is_causal=is_causal, scale=scale)
     return out
@@ -133,8 +138,8 @@ def _offsets(layout: StoreLayout) -> dict[str, int]:
     """configs.offsets of a layout that kernels exist for."""
     spec = layout.spec
     if spec.method != "kvarn" or spec.tail_bits != 8 or spec.sink:
-        raise SpecError(f"{spec.key} has no GPU kernels; valid there: method 'kvarn' with an 8-bit tail and no sink, or "
-                        "'k16v16'")
+        raise SpecError(f"{spec.key} has no GPU kernels; valid there: method 'kvarn' with an 8-bit tail and no sink, "
+                        "or 'k16v16'")
     if spec.k_bits not in configs.BITS or spec.v_bits not in configs.BITS:
         raise SpecError(f"{spec.key} has no GPU kernels; valid there: bits of {configs.BITS}")
     if layout.head_dim not in configs.HEAD_DIMS:

@@ -92,8 +92,8 @@ class StoreLayout:
             scales = {"ks": ((d,), half), "kz": ((d,), half), "kt": ((g,), half),
                       "vt": ((g,), half), "vz": ((g,), half), "vs": ((d,), half)}
         else:
-            scales = {"scalars": ((2 + 2 * spec.exact_rows,), torch.float32), "channel": ((d,), torch.int32), "token": ((g,), torch.int32),
-                      "m": ((d,), e4m3)}
+            scales = {"scalars": ((2 + 2 * spec.exact_rows,), torch.float32), "channel": ((d,), torch.int32),
+                      "token": ((g,), torch.int32), "m": ((d,), e4m3)}
             if spec.v_bits > 2:
                 scales["w"] = ((g,), e4m3)
             if spec.exact_rows:

@@ -46,7 +46,7 @@ def read_tail(tail: Tensor, layout: StoreLayout) -> tuple[Tensor, Tensor]:
     f = layout.tail
     if layout.spec.tail_bits == 16:
         return f["k"].of(tail), f["v"].of(tail)
-    return from_words(*(f[name].of(tail) for name in ("words", "k_scale", "v_scale")), layout.value_bits)
+    return from_words(f["words"].of(tail), f["k_scale"].of(tail), f["v_scale"].of(tail), layout.value_bits)
 
 
 def finite(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Method "raw" on a GPU: the append and attend of kvarn/append.py and kvarn/attention.py without a host synchronization.
+"""Method "raw" on a GPU: what kvarn/append.py and kvarn/attention.py do, without a host synchronization.
 
 Plain tensor operations on whole tiles: for lossless runs, not for speed.
 """

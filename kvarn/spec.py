@@ -96,8 +96,8 @@ PRESETS = {
     "k16v16": QuantSpec(16, 16, 128, "raw", exact_rows=0, tail_bits=16),
     "upstream_k4v2_g128": QuantSpec(4, 2, 128, "upstream", exact_rows=0, tail_bits=16, sink=True),
 }
-"""Named specs; each is also known with the prefix "kvarn_". Bytes of one token of one KV head, keys and values and scales
-(a test holds this table to the layout), at head_dim 64, 128 and 256; plain float16 takes 256, 512 and 1,024:
+"""Named specs; each is also known with the prefix "kvarn_". Bytes of one token of one KV head, keys and values and
+scales (a test holds this table to the layout), at head_dim 64, 128 and 256; plain float16 takes 256, 512 and 1,024:
 
     k4v2_g128            55.75   107.25   210.25
     k4v4_g128            72.75   140.25   275.25

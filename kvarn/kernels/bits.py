@@ -1,0 +1,102 @@
+"""Bits to numbers and back, for use inside kernels: packed codes, e4m3 bytes, rounding to even."""
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false  (Triton's jit is untyped)
+
+import triton
+import triton.language as tl
+
+CODE_UNIT = tl.constexpr(2.0**-24)
+"""A code c under mask c << s reads as c * 2^s * CODE_UNIT: a subnormal float16, exact, with no offset to take off."""
+
+
+@triton.constexpr_function
+def _take_pairs(mask: int) -> str:
+    both = hex(mask | mask << 16)
+    return f"{{ .reg .b32 h; and.b32 $0, $2, {both}; shr.u32 h, $2, 8; and.b32 $1, h, {both}; }}"
+
+
+@triton.jit
+def codes(packed, MASK: tl.constexpr, ASM: tl.constexpr):
+    """Bytes to float16 (byte & MASK) * CODE_UNIT; with ASM also undoes the exchange of bytes 1 and 2 of every four.
+
+    The inline assembly is three instructions per four bytes and needs the four along the contracted axis in one
+    register, as the operand layout of a matrix product has them. Without it, read bytes at `exchanged` addresses.
+    """
+    if ASM:
+        return tl.inline_asm_elementwise(_take_pairs(MASK), "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4)
+    else:
+        return (packed & MASK).to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def exchanged(index):
+    """Where entry `index` lies when entries 1 and 2 of every four are exchanged; its own inverse."""
+    return (index & ~3) | ((index & 1) << 1) | ((index >> 1) & 1)
+
+
+@triton.jit
+def from_e4m3(byte):
+    """An e4m3 byte (any integer dtype, low 8 bits) as float32: the same bits in a float16, 2^8 too small."""
+    half = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
+    return half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+
+
+@triton.jit
+def e4m3_pair(word):
+    """The e4m3 bytes 2 (never negative) and 3 of a 32-bit word as float32, 2^8 too small."""
+    low = (word >> 9) & 0x3F80
+    high = ((word >> 16) & 0x8000) | ((word >> 17) & 0x3F80)
+    return (low.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32),
+            high.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32))
+
+
+@triton.jit
+def to_e4m3(x):
+    """float32 to the nearest e4m3, ties to even, saturating at +-448: int32 with the byte in its low bits."""
+    magnitude = tl.minimum(tl.abs(x), 448.0)
+    bits = magnitude.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    tiny = round_even(magnitude * 512.0).to(tl.int32)
+    code = tl.where(magnitude < 0.015625, tiny, normal)
+    return code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)
+
+
+@triton.jit
+def round_even(x):
+    """|x| < 2^22 to the nearest integer, ties to even: at 1.5 * 2^23 a float32 has no fraction bits."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def nearest(x):
+    """round_even as int32, read out of the float's own bits: conversions run at a quarter of an addition's rate."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def half_bits(x):
+    """float32 rounded to float16, as its bits in an int32."""
+    return x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def half_pair(word):
+    """The low and the high half of a 32-bit word, each as float16."""
+    low, high = (word & 0xFFFF).to(tl.uint16), ((word >> 16) & 0xFFFF).to(tl.uint16)
+    return low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def half_upward(x):
+    """Non-negative float32 rounded up to float16, saturating at 65504."""
+    y = tl.minimum(x, 65504.0).to(tl.float16)
+    bits = y.to(tl.int16, bitcast=True)
+    short = (y.to(tl.float32) < x) & (bits < 0x7BFF)
+    return (bits + short.to(tl.int16)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def finite(x):
+    """NaN as zero, magnitudes up to float16's largest value."""
+    x = tl.where(x == x, x, 0.0)
+    return tl.minimum(tl.maximum(x, -65504.0), 65504.0)
