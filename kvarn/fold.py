@@ -3,7 +3,7 @@
     scores = ((q * ks) codes^T + q kz^T) * kt, but q K[exact]^T of exact tokens
     out    = (P * vt) codes_v - center * sum(P * vt) + sum(P * w) m + P[exact] V[exact]
 
-The tensor products run on raw codes (docs/design.md, "The algebra"), as the GPU kernel's do.
+The tensor products run on raw codes (docs/kernels.md, "The algebra"), as the GPU kernel's do.
 """
 
 import torch
