@@ -1,9 +1,9 @@
 """Append and attend on a paged store (paged_layout.py): the CPU implementations of kvarn::append_paged, attend_paged.
 
 A step brings tokens of several rows, row after row: row b's are starts[b] .. starts[b + 1] - 1 of k, v and q, and they
-are the last ones of its ends[b] tokens. An append closes every tile that it fills at once, so that a block can be shared
-by its content (prefix caching) in the step that completes it; the tokens stay in the open tile's place as well, for a
-row that takes the last few of them back.
+are the last of its ends[b] tokens. An append closes every tile that it fills at once, so that a block can be shared by
+its content (prefix caching) in the step that completes it; the tokens stay in the open tile's place as well, for a row
+that takes the last few of them back.
 """
 
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ def append_paged_cpu(k: Tensor, v: Tensor, cache: Tensor, table: Tensor, starts:
         ShapeError: if k and v do not fit the cache.
     """
     layout, batch = paged_layout(spec, k.shape[-1], k.dtype), Batch.of(table, starts, ends)
-    if k.shape != v.shape or k.shape[1:2] + (layout.record_bytes,) != cache.shape[1:]:
+    if k.shape != v.shape or (k.shape[1], layout.record_bytes) != cache.shape[1:]:
         raise ShapeError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit a cache {tuple(cache.shape)}; valid: "
                          f"equal shapes [tokens, heads, head_dim] and a cache [blocks, heads, {layout.record_bytes}]")
     row = torch.repeat_interleave(batch.count)
@@ -141,44 +141,48 @@ def attend_paged_cpu(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tens
     """
     layout, batch = paged_layout(spec, q.shape[-1], q.dtype), Batch.of(table, starts, ends)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    fresh = batch.first == 0
-    for count in batch.count.unique().tolist():
-        for rows, attend in (((batch.count == count) & fresh, _attend_fresh), ((batch.count == count) & ~fresh, _attend)):
-            rows = rows.nonzero().flatten()
-            if count == 0 or not len(rows):
-                continue
-            tiles = layout.tiles(int(batch.end[rows].max()))
-            step = max(1, _UNPACKED_ELEMENTS // (tiles * layout.spec.group * k.shape[1] * layout.head_dim))
-            for part in rows.split(step):
-                token = batch.starts[part][:, None] + torch.arange(count)
-                own = tuple(x[token].transpose(1, 2) for x in (q, k, v))
-                out[token] = attend(*own, part, cache, batch, balance, scale, layout).transpose(1, 2)
+    for rows in _alike(batch, k.shape[1], layout):
+        token = batch.starts[rows][:, None] + torch.arange(int(batch.count[rows[0]]))
+        own = q[token].transpose(1, 2), k[token].transpose(1, 2), v[token].transpose(1, 2)
+        if batch.first[rows[0]] == 0:
+            part = torch.nn.functional.scaled_dot_product_attention(
+                *own, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        else:
+            part = _attend_blocks(own, rows, cache, batch, balance, scale, layout)
+        out[token] = part.transpose(1, 2)
     return out
 
 
-def _attend_fresh(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cache: Tensor, batch: Batch, balance: Tensor,
-                  scale: float, layout: PagedLayout) -> Tensor:
-    """Rows whose tokens are all new attend these alone: q [b, Hq, n, D], k and v [b, H, n, D]."""
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale,
-                                                            enable_gqa=q.shape[1] != k.shape[1])
+def _alike(batch: Batch, heads: int, layout: PagedLayout) -> list[Tensor]:
+    """Rows to attend together: as many new tokens each, with or without older ones, a bounded number of positions."""
+    parts = []
+    kinds = torch.stack([batch.count, (batch.first > 0).long()], 1)
+    for kind in kinds[batch.count > 0].unique(dim=0):
+        rows = (kinds == kind).all(1).nonzero().flatten()
+        positions = layout.tiles(int(batch.end[rows].max())) * layout.spec.group
+        parts += rows.split(max(1, _UNPACKED_ELEMENTS // (positions * heads * layout.head_dim)))
+    return parts
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cache: Tensor, batch: Batch, balance: Tensor, scale: float,
-            layout: PagedLayout) -> Tensor:
-    """Rows with earlier tokens: their blocks, gathered, are a contiguous store."""
+def _attend_blocks(own: tuple[Tensor, Tensor, Tensor], rows: Tensor, cache: Tensor, batch: Batch, balance: Tensor,
+                   scale: float, layout: PagedLayout) -> Tensor:
+    """Rows with older tokens: their blocks, gathered, are a contiguous store.
+
+    own: the rows' new q [b, Hq, n, D] and k, v [b, H, n, D].
+    """
     table, end = batch.table[rows], batch.end[rows]
     opened, length = (end - 1) // layout.spec.group, int(end.max())
     records = cache[table[:, : layout.tiles(length)]]
     records[torch.arange(records.shape[1]) >= opened[:, None]] = 0
-    position = batch.first[rows][:, None] + torch.arange(q.shape[2])
+    position = batch.first[rows][:, None] + torch.arange(own[0].shape[2])
     mask = torch.arange(length) <= position[:, :, None]
     tail = _tail(_open_pages(cache, table, opened, layout), end - opened * layout.spec.group, layout)
-    return attend_cpu(q, k, v, position, records.transpose(1, 2), tail, end, balance, mask[:, None], length, False, scale,
+    return attend_cpu(*own, position, records.transpose(1, 2), tail, end, balance, mask[:, None], length, False, scale,
                       layout.spec.key)
 
 
 def _tail(pages: Tensor, fill: Tensor, layout: PagedLayout) -> Tensor:
-    """Pages [b, spare, H, record_bytes] as the tail [b, H, tail_bytes] of a contiguous store, zero from `fill` [b] on."""
+    """Pages [b, spare, H, record_bytes] as a contiguous store's tail [b, H, tail_bytes], zero from `fill` [b] on."""
     tail = pages.new_zeros(pages.shape[0], pages.shape[2], layout.whole.tail_bytes)
     unused = torch.arange(layout.spec.group) >= fill[:, None]
     for name, field in layout.whole.tail.items():

@@ -64,7 +64,7 @@ class PagedLayout(StoreLayout):
 
     @cached_property
     def tail(self) -> dict[str, Field]:
-        """The fields of a page by name: k, v [page, D], with an 8-bit tail also k_scale, v_scale [page]."""
+        """The fields of a page by name: those of a StoreLayout's tail, for `page` tokens instead of G."""
         return self._fields(self.page)
 
     def _fields(self, tokens: int) -> dict[str, Field]:

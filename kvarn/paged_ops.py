@@ -1,7 +1,7 @@
 """The torch.library boundary of the paged store: kvarn::append_paged and kvarn::attend_paged (kvarn/paged.py).
 
-A GPU implementation adds a dispatch for "CUDA" and nothing else: every address follows from table, starts and ends, which
-live on the device, and the sizes a launcher needs come as plain integers.
+A GPU implementation adds a dispatch for "CUDA" and nothing else: every address follows from table, starts and ends,
+which live on the device, and the sizes a launcher needs come as plain integers.
 """
 
 import torch
@@ -10,8 +10,8 @@ from kvarn.paged import append_paged_cpu, attend_paged_cpu
 
 lib = torch.library.Library("kvarn", "FRAGMENT")
 
-lib.define("append_paged(Tensor k, Tensor v, Tensor(a!) cache, Tensor table, Tensor starts, Tensor ends, Tensor balance, "
-           "str spec) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+lib.define("append_paged(Tensor k, Tensor v, Tensor(a!) cache, Tensor table, Tensor starts, Tensor ends, "
+           "Tensor balance, str spec) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 lib.define("attend_paged(Tensor q, Tensor k, Tensor v, Tensor cache, Tensor table, Tensor starts, Tensor ends, "
            "Tensor balance, SymInt max_count, SymInt max_end, float scale, str spec) -> Tensor",
            tags=(torch.Tag.pt2_compliant_tag,))

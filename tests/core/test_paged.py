@@ -1,4 +1,4 @@
-"""The paged store: any block table, ragged steps, rollbacks; equal to a plain cache or to the contiguous packed store."""
+"""The paged store: any block table, ragged steps, rollbacks; equal to a plain cache or to the contiguous store."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ STEPS = [
 
 
 class Rows:
-    """Sequences in one paged cache, whose blocks lie anywhere in a pool full of old bytes, beside their plain tokens."""
+    """Sequences in a paged cache, whose blocks lie anywhere in a pool full of old bytes, beside their plain tokens."""
 
     def __init__(self, preset, rows=4, dtype=torch.float32, blocks=16):
         self.generator = torch.Generator().manual_seed(0)
@@ -76,23 +76,25 @@ def test_ragged_steps_and_rollbacks_are_near_the_plain_cache(name, bound):
             rows.take_back([2, 1, 0, 3])
 
 
-@pytest.mark.parametrize("taken", [1, 2, 5, 9])
-@pytest.mark.parametrize("start", [121, 124, 127])
-def test_taking_back_tokens_of_a_closed_tile(start, taken):
+@pytest.mark.parametrize("name, open_bound, bound", [("k16v16", 1e-5, 1e-5), ("k8v8_g128", 0.04, 0.04),
+                                                     ("k4v4_g128", 0.04, 0.3), ("k4v2_g128", 0.04, 0.6)])
+@pytest.mark.parametrize("start, taken", [(121, 4), (121, 9), (118, 1), (127, 10), (124, 7)])
+def test_taking_back_tokens_of_a_closed_tile(name, open_bound, bound, start, taken):
     """Speculation over a tile edge: what was accepted is found unrounded, what follows closes the tile anew."""
-    rows = Rows("k16v16", rows=1)
+    rows = Rows(name, rows=1)
     rows.step([start])
     rows.step([10])
     rows.take_back([taken])
     for count in (1, 1, 12, 1):
         [(q, out)] = rows.step([count])
-        assert error(out, rows.plain(0, q)) < 1e-5
+        assert error(out, rows.plain(0, q)) < (open_bound if rows.k[0].shape[1] <= 128 else bound)
 
 
 @pytest.mark.parametrize("name", [name for name in PAGED if name != "k16v16"])
-@pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("length", [1, 127, 129, 300])
 def test_records_are_those_of_the_contiguous_store(name, length):
-    """Same tokens, one by one in a step each or all at once: the same bytes per closed tile, the same attention."""
+    """The same bytes per closed tile, the same attention of the next token. (Not at 128: a contiguous store that ends
+    with a full tile closes it later, from the 8-bit tail.)"""
     rows = Rows(name, rows=1)
     store = PackedCache.empty(name, 1, HEADS, 512, DIM, torch.float32, balance=rows.balance)
     rows.step([length])

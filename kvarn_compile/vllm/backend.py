@@ -1,0 +1,117 @@
+"""The attention backend: which layers it takes, what their cache looks like, what a step's metadata is."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+
+from kvarn.spec import PRESETS
+from kvarn_compile.vllm.refusals import head_size
+from kvarn_compile.vllm.settings import Settings
+
+
+@dataclass
+class TileMetadata(AttentionMetadata):
+    """What append_paged and attend_paged need to know of a step; see kvarn/paged.py. All tensors are vLLM's own."""
+
+    tokens: int
+    table: torch.Tensor
+    starts: torch.Tensor
+    ends: torch.Tensor
+    max_count: int
+    max_end: int
+
+
+class TileMetadataBuilder(AttentionMetadataBuilder[TileMetadata]):
+    """Passes vLLM's tensors on: every address is computed from them inside the ops."""
+
+    _cudagraph_support = AttentionCGSupport.NEVER  # until the ops have kernels
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata,
+              fast_build: bool = False) -> TileMetadata:
+        """The metadata of one step."""
+        m = common_attn_metadata
+        return TileMetadata(m.num_actual_tokens, m.block_table_tensor, m.query_start_loc, m.seq_lens, m.max_query_len,
+                            m.max_seq_len)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a layer knows of its engine: options, the dtype of keys and values, a block's padded size, if any."""
+
+    settings: Settings
+    dtype: torch.dtype
+    page_bytes: int | None
+
+
+class KVarnBackend(AttentionBackend):
+    """Full attention over packed tiles, under vLLM's name CUSTOM."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list] = ["auto"]
+    forward_includes_kv_cache_update: bool = True
+
+    built_for: ClassVar[Engine] = Engine(Settings(PRESETS["k4v2_g128"]), torch.bfloat16, None)
+    """The engine that builds its layers in this process: set by each layer (impl.py), for what vLLM asks without a
+    config."""
+
+    @staticmethod
+    def get_name() -> str:
+        """The name of the enum member the backend is registered under."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls():
+        """The implementation of one layer."""
+        from kvarn_compile.vllm.impl import KVarnImpl
+
+        return KVarnImpl
+
+    @staticmethod
+    def get_builder_cls():
+        """The builder of a step's metadata."""
+        return TileMetadataBuilder
+
+    @classmethod
+    def settings(cls) -> Settings:
+        """Settings of the engine at hand."""
+        config = get_current_vllm_config_or_none()
+        return Settings.of(config.additional_config) if config is not None else cls.built_for.settings
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list:
+        """One tile."""
+        return [KVarnBackend.settings().spec.group]
+
+    @classmethod
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        """One tile and no multiple of it: a sequence's spare blocks are counted in tiles."""
+        return block_size in (None, *cls.get_supported_kernel_block_sizes())
+
+    @classmethod
+    def customize_spec(cls, spec):
+        """The packed spec of a full-attention layer."""
+        from kvarn_compile.vllm.spec import TileSpec
+
+        return TileSpec.of(spec, cls.settings().spec, cls.built_for.dtype, cls.built_for.page_bytes)
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """No: connectors move whole blocks by their tokens, and the unfinished tile's are elsewhere."""
+        return False
+
+    @classmethod
+    def supports_combination(cls, head_size_: int, *args, **kwargs) -> str | None:
+        """The reason why a layer's head size is refused, if it is."""
+        return next((str(refusal) for refusal in head_size(head_size_, cls.settings())), None)

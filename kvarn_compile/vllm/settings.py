@@ -1,0 +1,42 @@
+"""What a user asked of kvarn in vLLM: the "kvarn" entry of --additional-config, checked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvarn.errors import SpecError
+from kvarn.spec import DEFAULT_PRESET, QuantSpec, resolve
+
+KEY = "kvarn"
+"""The name of our entry in vLLM's additional_config."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of one engine.
+
+    Attributes:
+        spec: what a tile stores.
+        balance: a safetensors file of key scales that `kvarn balance` wrote, or "off".
+    """
+
+    spec: QuantSpec
+    balance: str = "off"
+
+    @staticmethod
+    def of(additional_config: Any) -> "Settings":
+        """The settings in vLLM's additional_config; the default preset where it says nothing.
+
+        Raises:
+            SpecError: for an unknown preset or option, listing the known ones.
+        """
+        options = additional_config.get(KEY, {}) if isinstance(additional_config, Mapping) else {}
+        if not isinstance(options, Mapping):
+            raise SpecError(f"additional_config[{KEY!r}] is {options!r}; valid: a mapping with preset and balance")
+        unknown = sorted(set(options) - {"preset", "balance"})
+        if unknown:
+            raise SpecError(f"additional_config[{KEY!r}] has {', '.join(unknown)}; valid: preset, balance")
+        balance = options.get("balance", "off")
+        if not isinstance(balance, str):
+            raise SpecError(f"balance={balance!r}; valid: 'off' or the path of a safetensors file")
+        return Settings(resolve(options.get("preset", DEFAULT_PRESET)), balance)

@@ -1,0 +1,77 @@
+"""Quantized presets: how many tokens the same memory holds, and how close the model stays to itself."""
+
+import pytest
+
+pytest.importorskip("vllm.engine.arg_utils", reason="vLLM is not installed")
+import torch
+from safetensors.torch import save_file
+from serving import configure, free_blocks, greedy, prompts
+
+from kvarn import SpecError
+from kvarn.paged_layout import paged_layout
+from kvarn.spec import PRESETS
+
+
+def capacity(llm):
+    cache = llm.llm_engine.vllm_config.cache_config
+    return cache.num_gpu_blocks, cache.kv_cache_size_tokens
+
+
+@pytest.mark.parametrize("preset, times", [("k4v2_g128", 4.55), ("k4v4_g128", 3.5), ("k8v8_g128", 1.85)])
+def test_capacity(engines, llama, preset, times):
+    """Against bfloat16 at head size 64, in blocks of one tile; vLLM's own figure counts the open tile's blocks."""
+    stock = engines(llama, dtype="bfloat16")
+    ours = engines(llama, dtype="bfloat16", kv_cache_dtype=f"kvarn_{preset}")
+    layout = paged_layout(PRESETS[preset].key, 64, torch.bfloat16)
+    per_block = capacity(stock)[0] * stock.llm_engine.vllm_config.cache_config.block_size
+    assert capacity(ours)[0] * 128 / per_block > times
+    assert capacity(ours)[1] == int(capacity(ours)[0] / layout.blocks(512) * 512)
+
+
+def loss(llm, texts):
+    """Mean negative log probability of the prompts' own tokens."""
+    outputs = greedy(llm, texts, 1, prompt_logprobs=0, full=True)
+    values = [next(iter(step.values())).logprob for output in outputs for step in output.prompt_logprobs[1:]]
+    return -torch.tensor(values)
+
+
+def test_closeness(engines, smooth):
+    """Prompts go in chunks of 64, so that every token reads rounded tiles. More bits are closer to stock vLLM."""
+    texts = prompts(400, 500, seed=1)
+    stock = loss(engines(smooth, max_num_batched_tokens=64), texts)
+    difference = {}
+    for preset in ("k16v16", "k8v8_g128", "k4v4_g128", "k4v2_g128"):
+        ours = loss(engines(smooth, max_num_batched_tokens=64, kv_cache_dtype=f"kvarn_{preset}"), texts)
+        difference[preset] = float((ours - stock).abs().mean() / stock.std())
+    assert list(difference.values()) == sorted(difference.values())
+    assert difference["k16v16"] < 1e-3 < difference["k8v8_g128"] < 0.03
+    assert difference["k4v2_g128"] < 0.5
+
+
+def test_preempted_sequences_come_to_their_end(engines, llama):
+    tiny = engines(llama, kv_cache_dtype="kvarn_k4v2_g128", num_gpu_blocks_override=13, max_num_seqs=4)
+    before = free_blocks(tiny)
+    assert all(len(tokens) == 40 for tokens in greedy(tiny, prompts(120, 126, 100, 128, seed=3), 40))
+    assert free_blocks(tiny) == before
+
+
+def test_balanced_keys_from_a_file(engines, smooth, tmp_path):
+    """Any scale in the file leaves the scores as they are, up to other rounding; each layer reads its own."""
+    file = tmp_path / "balance.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    save_file({f"layers.{i}": torch.rand(2, 64, generator=generator) + 0.5 for i in range(2)}, file)
+    texts = prompts(400, 500, seed=2)
+    stock = loss(engines(smooth, max_num_batched_tokens=64), texts)
+    off, on = (loss(engines(smooth, max_num_batched_tokens=64, attention_backend="CUSTOM", additional_config={
+        "kvarn": {"preset": "k8v8_g128", "balance": balance}}), texts) for balance in ("off", str(file)))
+    assert not torch.equal(off, on)
+    for ours in (off, on):
+        assert float((ours - stock).abs().mean() / stock.std()) < 0.03
+
+
+def test_a_balance_file_of_another_model_is_refused(llama, tmp_path):
+    file = tmp_path / "balance.safetensors"
+    save_file({"layers.0": torch.ones(8, 64)}, file)
+    for words, path in (("cannot be read", tmp_path / "missing"), ("no scale layers.0 of 2 KV heads", file)):
+        with pytest.raises(SpecError, match=words):
+            configure(llama, attention_backend="CUSTOM", additional_config={"kvarn": {"balance": str(path)}})

@@ -1,0 +1,56 @@
+"""ngram speculative decoding: drafts are written, rejected ones taken back, over tile edges, without a trace."""
+
+import pytest
+
+pytest.importorskip("vllm.engine.arg_utils", reason="vLLM is not installed")
+import small_models
+from serving import greedy, prompts, scheduler
+
+DRAFTS = 5
+
+
+@pytest.fixture(scope="module")
+def repeating(tmp_path_factory):
+    """A model whose text repeats itself, so that a part of the drafts is accepted."""
+    return small_models.write(tmp_path_factory.mktemp("repeating"), attention=0.03)
+
+
+@pytest.fixture(scope="module")
+def plain(engines, repeating):
+    return engines(repeating)
+
+
+@pytest.fixture(scope="module")
+def speculating(engines, repeating, plain):
+    """Made last: vLLM 0.32's CPU build cannot start another engine in a process that has compiled its ngram search."""
+    ngram = {"method": "ngram", "num_speculative_tokens": DRAFTS, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    return engines(repeating, kv_cache_dtype="kvarn_k16v16", speculative_config=ngram)
+
+
+def test_tokens_are_those_without_speculation(plain, speculating, monkeypatch):
+    core, seen = scheduler(speculating), []
+
+    def spy(stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs):
+        seen.append((num_draft_tokens, num_accepted_tokens))
+
+    monkeypatch.setattr(core, "make_spec_decoding_stats", spy)
+    texts = [{"prompt_token_ids": text["prompt_token_ids"] * 3} for text in prompts(40, 42, 20, 41, seed=1)]
+    assert greedy(speculating, texts, 150) == greedy(plain, texts, 150)
+    drafted, accepted = (sum(x) for x in zip(*seen, strict=True))
+    assert accepted > 10
+    assert drafted - accepted > 200
+
+
+def test_up_to_max_model_len(plain, speculating):
+    texts = [{"prompt_token_ids": text["prompt_token_ids"] * 12} for text in prompts(40, 41, seed=4)]
+    expected = greedy(plain, texts, 600)
+    assert [len(tokens) for tokens in expected] == [32, 20]
+    assert greedy(speculating, texts, 600) == expected
+
+
+def test_prefixes_filled_by_drafts_are_right(plain, speculating):
+    text = [{"prompt_token_ids": prompts(30, seed=2)[0]["prompt_token_ids"] * 4}]
+    longer = [{"prompt_token_ids": text[0]["prompt_token_ids"] + greedy(speculating, text, 160)[0]}]
+    hit = greedy(speculating, longer, 20, full=True)[0]
+    assert hit.num_cached_tokens == 256
+    assert list(hit.outputs[0].token_ids) == greedy(plain, longer, 20)[0]

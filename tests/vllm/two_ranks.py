@@ -1,0 +1,17 @@
+"""Greedy tokens of a model on two tensor-parallel ranks, as JSON on the last line. Run by test_processes.py."""
+
+import json
+import sys
+
+from serving import engine, greedy, prompts
+
+LENGTHS = (1, 127, 128, 129, 300)
+
+
+def main():
+    llm = engine(sys.argv[1], kv_cache_dtype="kvarn_k16v16", tensor_parallel_size=2, max_num_seqs=8)
+    print(json.dumps(greedy(llm, prompts(*LENGTHS, seed=40), 20)))
+
+
+if __name__ == "__main__":
+    main()
