@@ -20,7 +20,7 @@ _TILES_AT_ONCE = 32
 
 
 def append_cpu(k: Tensor, v: Tensor, positions: Tensor, records: Tensor, tail: Tensor, lengths: Tensor,
-               balance: Tensor, spec: str) -> None:
+               balance: Tensor, capacity: int, spec: str) -> None:
     """Store new tokens; lengths of the written rows become their last written position + 1.
 
     Args:
@@ -28,11 +28,12 @@ def append_cpu(k: Tensor, v: Tensor, positions: Tensor, records: Tensor, tail: T
         positions: [n] or [B', n] int64.
         records, tail, lengths: the store (layout.py), changed in place.
         balance: [H, D] float32.
+        capacity: positions of the plain cache; the last tile may have room for more.
         spec: QuantSpec.key.
 
     Raises:
         ShapeError: if k, v or positions do not fit the store.
-        PositionError: if a position is negative or beyond the store's last tile.
+        PositionError: if a position is outside 0..capacity - 1.
     """
     layout = store_layout(spec, k.shape[-1], k.dtype)
     rows, tokens = k.shape[0], k.shape[2]
@@ -45,9 +46,8 @@ def append_cpu(k: Tensor, v: Tensor, positions: Tensor, records: Tensor, tail: T
         return
     positions = positions.expand(rows, tokens)
     low, high = (int(x) for x in positions.aminmax())
-    if low < 0 or high >= records.shape[2] * layout.spec.group:
-        raise PositionError(f"token position {low if low < 0 else high} is outside the cache's 0.."
-                            f"{records.shape[2] * layout.spec.group - 1}")
+    if low < 0 or high >= capacity:
+        raise PositionError(f"token position {low if low < 0 else high} is outside the cache's 0..{capacity - 1}")
     store = _Store(layout, records[:rows], tail[:rows], lengths[:rows])
     k, v = keys_in(k, balance, layout), values_in(v, layout)
     for start, end in _runs(positions, layout.spec.group):

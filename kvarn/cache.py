@@ -74,7 +74,7 @@ class PackedCache:
 
     def append(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """Write k, v [B', H, n, D] at positions [n] or [B', n]; see kvarn/append.py."""
-        torch.ops.kvarn.append(k, v, positions, *self.tensors(), self.spec.key)
+        torch.ops.kvarn.append(k, v, positions, *self.tensors(), self.capacity, self.spec.key)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None = None,
                kv_len: int | None = None, is_causal: bool = False, scale: float | None = None) -> Tensor:
@@ -97,7 +97,8 @@ class PackedCache:
         for row, end in enumerate(ends.tolist()):
             one = slice(row, row + 1)
             torch.ops.kvarn.append(k[one, :, :end], v[one, :, :end], torch.arange(end, device=k.device),
-                                   self.records[one], self.tail[one], self.lengths[one], self.balance, self.spec.key)
+                                   self.records[one], self.tail[one], self.lengths[one], self.balance, self.capacity,
+                                   self.spec.key)
 
     def unpack(self) -> tuple[Tensor, Tensor]:
         """The content as plain k, v [B, H, capacity, D] in the cache's dtype."""

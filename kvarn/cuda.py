@@ -19,8 +19,10 @@ SCRATCH_BYTES = 1 << 28
 
 
 def append_cuda(k: Tensor, v: Tensor, positions: Tensor, records: Tensor, tail: Tensor, lengths: Tensor,
-                balance: Tensor, spec: str) -> None:
+                balance: Tensor, capacity: int, spec: str) -> None:
     """Store k, v [B', H, n, D] at consecutive positions [n] or [B', n]; see kvarn/append.py.
+
+    A device cannot raise: a position outside the store's tiles is not written, and `capacity` is not looked at.
 
     Raises:
         ShapeError: if k, v or positions do not fit the store.

@@ -16,7 +16,7 @@ lib = torch.library.Library("kvarn", "DEF")
 lib.define("sdpa(Tensor q, Tensor k, Tensor v, Tensor? mask, float dropout_p, bool is_causal, float? scale, "
            "bool enable_gqa) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 lib.define("append(Tensor k, Tensor v, Tensor positions, Tensor(a!) records, Tensor(b!) tail, Tensor(c!) lengths, "
-           "Tensor balance, str spec) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+           "Tensor balance, SymInt capacity, str spec) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 lib.define("attend(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor records, Tensor tail, Tensor lengths, "
            "Tensor balance, Tensor? mask, SymInt kv_len, bool is_causal, float scale, str spec) -> Tensor",
            tags=(torch.Tag.pt2_compliant_tag,))
@@ -39,7 +39,7 @@ def _sdpa_fake(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa):
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-def _append_fake(k, v, positions, records, tail, lengths, balance, spec):
+def _append_fake(k, v, positions, records, tail, lengths, balance, capacity, spec):
     return None
 
 

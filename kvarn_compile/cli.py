@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from kvarn_compile.eval.command import eval_command
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="KV caches in 4-bit keys and 2-bit values, through torch.compile(model, backend='kvarn').")
 
@@ -76,6 +78,9 @@ def balance(model: Model, out: Annotated[Path, typer.Option(help="safetensors fi
 
         layers = balance_file.write(model, out)
     typer.echo(f"{out}: key scales of {layers} layers")
+
+
+app.command("eval")(eval_command)
 
 
 def _check(preset: str, inner: str = "eager") -> None:

@@ -1,4 +1,7 @@
-"""FX passes that move a KV cache from plain tensors to packed stores: `capture`, then `rewrite`."""
+"""FX passes that move a KV cache from plain tensors to packed stores: `capture`, then `rewrite`.
+
+This folder, passes/, is installed and imported as the package kvarn_passes.
+"""
 
 from .base import uuid
 from .capture import Undo, capture

@@ -6,13 +6,14 @@ By hand:       s = bmm(q, k^T) -> view [B, Hq, n, S] -> mul or div by a number -
                o = bmm(p, v) -> view [B, Hq, n, D]
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
 from . import axes
-from .graph import Size, argument, aten, expr, operand, refuse, sizes
+from .graph import Size, argument, aten, expr, operand, refuse, settled, sizes
 from .refusal import Reason, Refusal, Refused
 
 
@@ -31,7 +32,8 @@ class Operand:
         Raises:
             Refused: (VIEW, LAYOUT) if the views are not pure layout.
         """
-        layout = axes.reshape(axes.layout_of(self.chain, cache), self.shape)
+        shape = [settled(size, self.root) for size in self.shape]
+        layout = axes.reshape(axes.layout_of(self.chain, cache), shape)
         if layout is None:
             raise refuse(Reason.LAYOUT, f"the cache {cache} cannot be read as {self.shape}",
                          "keep batch, heads, tokens and channels apart", self.chain[-1] if self.chain else self.root)
@@ -67,6 +69,7 @@ class Attention:
     refusal: Refusal | None = None
 
 
+_SOFTMAX = {"_softmax", "_safe_softmax", "softmax"}
 _DECOMPOSED = {"_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
                "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
                "_scaled_dot_product_attention_math", "scaled_dot_product_attention"}
@@ -79,7 +82,7 @@ def find_attentions(graph: fx.Graph) -> list[Attention]:
         read = None
         if node.target is torch.ops.kvarn.sdpa.default:
             read = _captured
-        elif aten(node) in ("_softmax", "_safe_softmax", "softmax"):
+        elif aten(node) in _SOFTMAX:
             read = _by_hand
         elif aten(node) in _DECOMPOSED or str(node.target) == "flex_attention":
             why = _unread(node, f"{node.target} was not captured").refusal
@@ -106,11 +109,13 @@ def _captured(node: fx.Node) -> Attention:
 
 
 def _by_hand(softmax: fx.Node) -> Attention | None:
-    """Reads softmax(q k^T * scale + mask) v around a softmax; None if it feeds no matrix product (a router)."""
+    """Reads softmax(q k^T * scale + mask) v around a softmax; None if it is none: no product below, no cache above."""
     rank = len(sizes(softmax))
     inside = {softmax}
     product = _down_to_product(softmax, inside)
     if product is None:
+        if _scores_a_cache(softmax):
+            raise _unread(softmax, "the weights of a cache's tokens enter no matrix product")
         return None
     if rank != 4 or argument(softmax, "dim") % rank != rank - 1:
         raise _unread(softmax, f"softmax over dimension {argument(softmax, 'dim')} of {rank}")
@@ -153,7 +158,41 @@ def _down_to_product(softmax: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
         if aten(users[0]) not in ("_to_copy", "clone", "expand", "view", "_unsafe_view", "alias", "detach"):
             return None
         node = users[0]
+        _expect_floats(node)
         inside.add(node)
+
+
+def _scores_a_cache(softmax: fx.Node) -> bool:
+    """True if a softmax is taken of products with a cache the graph writes: that is an attention, and no router."""
+    seen: set[fx.Node] = set()
+    stack = [operand(softmax)]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if aten(node) not in ("mm", "bmm", "addmm", "baddbmm"):
+            stack.extend(node.all_input_nodes)
+            continue
+        factors = [_above(factor, axes.VIEWS) for factor in node.args[-2:] if isinstance(factor, fx.Node)]
+        # Attention weights times values end an earlier attention.
+        if not any(aten(factor) in _SOFTMAX for factor in factors) and any(map(_is_cache, factors)):
+            return True
+    return False
+
+
+def _is_cache(node: fx.Node) -> bool:
+    """True for an input of cache rank that the graph updates, before or after its write."""
+    node = _above(node, axes.VIEWS | {"index_copy", "index_put", "slice_scatter", "copy"})
+    return (node.op == "placeholder" and len(sizes(node)) >= 3
+            and any(aten(user) == "copy_" and user.args[0] is node for user in node.users))
+
+
+def _above(node: fx.Node, through: Collection[str]) -> fx.Node:
+    """The first node, going up by the first operand, that is not one of these ops."""
+    while aten(node) in through:
+        node = operand(node)
+    return node
 
 
 def _drops(node: fx.Node) -> bool:
@@ -173,9 +212,10 @@ def _up_to_product(softmax: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, fx.
         if name in ("view", "_unsafe_view") and aten(operand(node)) == "bmm":
             return node, mask, scale
         if name in ("_to_copy", "clone"):
+            _expect_floats(node)
             above = operand(node)
-        elif name in ("mul", "div") and isinstance(node.args[1], (int, float)):
-            scale *= node.args[1] if name == "mul" else 1 / node.args[1]
+        elif factor := _factor(node):
+            scale *= factor
             above = operand(node)
         elif name == "add" and scale == 1.0 and mask is None and argument(node, "alpha") == 1:
             above, mask = _scores_and_mask(node)
@@ -183,6 +223,22 @@ def _up_to_product(softmax: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, fx.
             raise _unread(node, f"{node.target} between the scores and softmax")
         inside.add(node)
         node = above
+
+
+def _factor(node: fx.Node) -> float | None:
+    """The number a node multiplies by, None if it does not, or by 0."""
+    number = node.args[1] if aten(node) in ("mul", "div") else None
+    if not isinstance(number, (int, float)) or number == 0:
+        return None
+    if aten(node) == "mul":
+        return number
+    return 1 / number if argument(node, "rounding_mode", None) is None else None
+
+
+def _expect_floats(node: fx.Node) -> None:
+    """A cast to another float is rounding, which this pass may move; a cast to integers is part of the function."""
+    if not node.meta["val"].is_floating_point():
+        raise _unread(node, f"scores or weights as {node.meta['val'].dtype}")
 
 
 def _scores_and_mask(add: fx.Node) -> tuple[fx.Node, fx.Node]:

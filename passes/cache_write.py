@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import Size, arg_expr, argument, aten, operand, refuse, sizes
+from .graph import Size, arg_expr, argument, aten, operand, refuse, same_size, same_sizes, sizes
 from .refusal import Reason
 
 _LAST = torch.iinfo(torch.int64).max
@@ -99,6 +99,8 @@ _Parts = tuple[fx.Node, fx.Node, tuple[int, ...], dict[int, Span | Index], set[f
 def _index_copy(node: fx.Node) -> _Parts:
     cache, index, new = operand(node), operand(node, 2), operand(node, 3)
     rank = len(sizes(cache))
+    if len(sizes(index)) != 1:
+        raise _form(node, f"positions have shape {sizes(index)}, not [n]")
     return cache, new, tuple(range(rank)), {argument(node, "dim") % rank: Index(index)}, set()
 
 
@@ -115,7 +117,7 @@ def _index_put(node: fx.Node) -> _Parts:
         if len(sizes(index)) != 1:
             raise _form(node, f"positions have shape {sizes(index)}, not [n]")
         axes, where = tuple(range(rank)), {axis: index}
-    elif len(at) == 2 and 0 in at and _counts_rows(at[0], cache):
+    elif len(at) == 2 and 0 in at and _counts_rows(at[0]):
         axis = max(at)
         index, rows = at[axis], at[0]
         # Index dimensions come first, because either the row index is the first or a None separates the two.
@@ -124,11 +126,13 @@ def _index_put(node: fx.Node) -> _Parts:
             axes = (0, *axes[2:])
         elif len(sizes(index)) != 2 or len(sizes(rows)) != 2:
             raise _form(node, f"positions have shape {sizes(index)}, not [batch, n]")
+        if not same_size(sizes(rows)[0], sizes(index)[0], node):
+            raise _form(node, f"{sizes(rows)[0]} rows are written at positions of {sizes(index)[0]} rows")
     else:
         raise _form(node, f"{len(at)} axes of the cache are indexed")
     missing = len(axes) - len(sizes(new))
     full = _written_sizes(cache, axes, where)
-    if missing < 0 or (*full[:missing], *sizes(new)) != full or any(size != 1 for size in full[:missing]):
+    if missing < 0 or any(size != 1 for size in full[:missing]) or not same_sizes(sizes(new), full[missing:], node):
         raise _form(node, f"what is written has shape {sizes(new)}, not {full}")
     return cache, new, (*axes[missing:],), {axis: Index(index, len(at) == 2) for axis, index in where.items()}, set()
 
@@ -142,8 +146,8 @@ def _written_sizes(cache: fx.Node, axes: tuple[int, ...], where: dict[int, fx.No
     return tuple(known[a] for a in axes)
 
 
-def _counts_rows(index: fx.Node, cache: fx.Node) -> bool:
-    """True for arange(B) or arange(B)[:, None]: row b of the write is row b of the cache."""
+def _counts_rows(index: fx.Node) -> bool:
+    """True for arange(B) or arange(B)[:, None], any B: row b of the index is row b of the cache."""
     while aten(index) in ("unsqueeze", "view"):
         if len(sizes(index)) == 2 and sizes(index)[1] != 1:
             return False
@@ -171,7 +175,7 @@ def _spans(node: fx.Node) -> _Parts:
         new = operand(here, 1)
         if (cache is not None and base is not cache) or above != taken:
             raise _form(here, "the slice written is not the slice read")
-        if sizes(new) != sizes(here) or new.meta["val"].dtype != here.meta["val"].dtype:
+        if not same_sizes(sizes(new), sizes(here), here) or new.meta["val"].dtype != here.meta["val"].dtype:
             raise _form(here, f"what is written has shape {sizes(new)} and dtype {new.meta['val'].dtype}")
         inside.add(here)
         cache, here = base, new

@@ -1,6 +1,7 @@
 """Small questions about FX nodes: sizes as exact expressions, user source, module path, the node that holds a size."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -29,10 +30,22 @@ def sizes(node: fx.Node) -> tuple[Size, ...]:
     return tuple(expr(size) for size in node.meta["val"].shape)
 
 
-def same_shape(a: fx.Node, b: fx.Node) -> bool:
-    """True if two tensors have one shape. Two symbols that agree today become one, by a guard of the shape env."""
-    x, y = a.meta["val"].shape, b.meta["val"].shape
-    return len(x) == len(y) and all(guard_or_false(p == q) for p, q in zip(x, y, strict=True))
+def same_size(a: Size, b: Size, node: fx.Node) -> bool:
+    """True if two sizes are equal. Two symbols that agree today become one, by a guard of the shape env of `node`."""
+    if a == b or (a.is_Integer and b.is_Integer):
+        return a == b
+    env = node.meta["val"].fake_mode.shape_env
+    return guard_or_false(env.create_symintnode(a, hint=None) == env.create_symintnode(b, hint=None))
+
+
+def same_sizes(a: Sequence[Size], b: Sequence[Size], node: fx.Node) -> bool:
+    """True if two shapes are equal, by `same_size`."""
+    return len(a) == len(b) and all(same_size(x, y, node) for x, y in zip(a, b, strict=True))
+
+
+def settled(size: Size, node: fx.Node) -> Size:
+    """A size read earlier in the symbols of now: `same_size` may have made two symbols one since."""
+    return size if size.is_Integer else sympy.expand(node.meta["val"].fake_mode.shape_env.replace(size))
 
 
 def arg_expr(arg: int | torch.SymInt | fx.Node) -> Size:
@@ -47,6 +60,7 @@ def size_node(graph: fx.Graph, size: Size, before: fx.Node) -> int | fx.Node:
     """
     if size.is_Integer:
         return int(size)
+    size = settled(size, before)
     for node in graph.nodes:
         if node is before:
             break

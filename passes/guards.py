@@ -19,9 +19,12 @@ def check_cache(cache: fx.Node, axes: CacheAxes, spec: QuantSpec) -> None:
     """Checks one cache input against the store's format.
 
     Raises:
-        Refused: DTYPE, DEVICE, GRAD, SYMBOLIC or HEAD_DIM.
+        Refused: PARAMETER, DTYPE, DEVICE, GRAD, SYMBOLIC or HEAD_DIM.
     """
     value = cache.meta["val"]
+    if _is_parameter(cache):
+        raise refuse(Reason.PARAMETER, "the cache is a parameter, and a module's parameters cannot be packed away",
+                     "keep caches in buffers (register_buffer)", cache)
     if value.dtype not in DTYPES:
         valid = ", ".join(map(str, DTYPES))
         raise refuse(Reason.DTYPE, f"the cache has dtype {value.dtype}", f"use one of {valid}", cache)
@@ -38,3 +41,9 @@ def check_cache(cache: fx.Node, axes: CacheAxes, spec: QuantSpec) -> None:
     except ShapeError as error:
         raise refuse(Reason.HEAD_DIM, f"head_dim={channels} has no packed format",
                      f"use preset 'k16v16', or a model whose head_dim is supported ({error})", cache) from None
+
+
+def _is_parameter(cache: fx.Node) -> bool:
+    """True if Dynamo took the input from a module's _parameters; only Dynamo's source on the placeholder tells."""
+    source = getattr(cache, "_dynamo_source", None)
+    return getattr(getattr(source, "base", None), "member", "") == "_parameters"

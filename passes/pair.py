@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from kvarn.spec import QuantSpec
 
 from .attention import Attention
-from .axes import attention_axes
+from .axes import ONE, attention_axes
 from .cache_write import CacheWrite, Index, Span, find_write
 from .decision import CacheAxes
-from .graph import Size, arg_expr, refuse, same_shape, same_value, sizes
+from .graph import Size, arg_expr, refuse, same_size, same_sizes, same_value, sizes
 from .guards import check_cache
 from .refusal import Reason, Refusal, Refused
 
@@ -59,7 +60,7 @@ def read(attention: Attention, spec: QuantSpec) -> Reader:
     _check_alike(k, v, attention)
     proofs = [attention_axes(operand.layout(sizes(write.cache)), sizes(write.cache), write.token_axis, attention.node)
               for operand, write in zip((attention.k, attention.v), writes, strict=True)]
-    if proofs[0] != proofs[1]:
+    if proofs[0][0] != proofs[1][0] or not same_sizes(proofs[0][1:], proofs[1][1:], attention.node):
         raise refuse(Reason.PAIR_MISMATCH, f"K is read as {proofs[0]}, V as {proofs[1]}", "read both alike",
                      attention.node)
     (axes, rows, kv_len), _ = proofs
@@ -128,7 +129,7 @@ def _check_alike(k: CacheWrite, v: CacheWrite, attention: Attention) -> None:
     if k.cache is v.cache:
         raise refuse(Reason.FUSED_CACHE, f"{k.cache.name} is both the K and the V cache",
                      "keep keys and values in one tensor each", attention.node)
-    if not same_shape(k.cache, v.cache) or a.dtype != b.dtype or a.device != b.device:
+    if not same_sizes(sizes(k.cache), sizes(v.cache), k.cache) or a.dtype != b.dtype or a.device != b.device:
         raise refuse(Reason.PAIR_MISMATCH, f"the K cache is {a.dtype} {tuple(a.shape)} on {a.device}, the V cache "
                      f"{b.dtype} {tuple(b.shape)} on {b.device}", "allocate both alike", attention.node)
     if k.where.keys() != v.where.keys() or not all(_same_place(k.where[axis], v.where[axis]) for axis in k.where):
@@ -145,6 +146,9 @@ def _same_place(a: Span | Index, b: Span | Index) -> bool:
 def _check_tokens(write: CacheWrite, axes: CacheAxes, rows: Size, attention: Attention) -> None:
     """The write must cover all heads and channels of the attended rows, and q must be the new tokens' query."""
     for axis, where in write.where.items():
+        if isinstance(where, Index) and where.per_row and axes.batch != 0:
+            raise refuse(Reason.WRITE_FORM, f"positions are given per index of axis 0 of {write.cache.name}, its batch "
+                         f"is axis {axes.batch}", "give positions per batch row", write.node)
         if axis == axes.batch and isinstance(where, Span) and arg_expr(where.start) == 0:
             continue
         if axis != axes.tokens:
@@ -152,9 +156,9 @@ def _check_tokens(write: CacheWrite, axes: CacheAxes, rows: Size, attention: Att
                          "write all heads and channels of rows 0 to B-1", write.node)
     written = dict(zip(write.new_axes, sizes(write.new), strict=True))
     assert attention.q is not None
-    n, batch = written.get(axes.tokens, 1), written.get(axes.batch, 1)
+    n, batch = written.get(axes.tokens, ONE), written.get(axes.batch, ONE)
     q = [arg_expr(size) for size in attention.q_shape] or list(sizes(attention.q))
-    if rows != batch or q[0] != batch or q[2] != n:
+    if not same_sizes((rows, q[0], q[2]), (batch, batch, n), attention.q):
         raise refuse(Reason.LAYOUT, f"{q[2]} queries of {q[0]} rows attend to {rows} rows, where {n} tokens of "
                      f"{batch} rows are written", "let the query of each written token attend to the rows written",
                      attention.node)
@@ -173,8 +177,13 @@ def _check_tokens(write: CacheWrite, axes: CacheAxes, rows: Size, attention: Att
 def _check_mask(attention: Attention, kv_len: Size) -> None:
     if attention.mask is None:
         return
+    dtype = attention.mask.meta["val"].dtype
+    if not dtype.is_floating_point and (dtype != torch.bool or attention.kind == "softmax"):
+        added = "added to the scores" if attention.kind == "softmax" else "of the attention"
+        raise refuse(Reason.MASK, f"the mask {added} has dtype {dtype}",
+                     "add a mask of 0 and -inf, or pass a bool mask to scaled_dot_product_attention", attention.node)
     last = sizes(attention.mask)[-1:]
-    if not last or last[0] not in (kv_len, 1):
+    if not last or not (last[0] == ONE or same_size(last[0], kv_len, attention.mask)):
         raise refuse(Reason.MASK, f"the mask has {last[0] if last else 0} tokens, the attention {kv_len}",
                      "make the mask as long as the attended part of the cache", attention.node)
     if len(sizes(attention.mask)) > 4:

@@ -1,4 +1,7 @@
-"""Why an attention is left as it was: a typed reason, the words for it, and what would make it work."""
+"""The types of a refusal: why an attention is left as it was, and what would make it work.
+
+The sentences are worded where each check is made, through graph.refuse.
+"""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -23,6 +26,7 @@ class Reason(Enum):
     PAIR_MISMATCH = "keys and values are not written alike"
     OTHER_USER = "something else than attention uses the cache"
     OTHER_READER = "another attention of the same cache cannot be rewritten"
+    PARAMETER = "the cache is a parameter"
     GRAD = "the cache or its new tokens require gradients"
     DTYPE = "the cache has a dtype without a packed format"
     HEAD_DIM = "the head dimension has no packed format"

@@ -1,5 +1,9 @@
 """Replaces caches and attentions that `pair` accepted by stores: the pass itself and the graph surgery."""
 
+import operator
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import fx
 from torch.fx.node import map_arg
@@ -28,7 +32,7 @@ class Rewrite(Pass[Rewritten]):
                  o = kvarn.sdpa(q, w_k, w_v, mask, 0.0, False, None, True)
                  copy_(keys, w_k);  copy_(values, w_v)
 
-        after:   kvarn.append(k, v, positions, records, tail, lengths, balance, spec)
+        after:   kvarn.append(k, v, positions, records, tail, lengths, balance, S, spec)
                  o = kvarn.attend(q, k, v, positions, records, tail, lengths, balance, mask, S, False, scale, spec)
     """
 
@@ -51,8 +55,11 @@ class Rewrite(Pass[Rewritten]):
             tuple(_decide(a, outcome, pairs) for a, outcome in zip(attentions, outcomes, strict=True)),
             tuple(i for i, node in enumerate(inputs) if node not in caches))
         stores = [_add_store_inputs(graph, pair, self.spec, number) for number, pair in enumerate(pairs)]
-        for pair, store in zip(pairs, stores, strict=True):
-            _replace(graph, pair, store, self.spec)
+        outputs = [old_and_new for pair, store in zip(pairs, stores, strict=True)
+                   for old_and_new in _insert(graph, pair, store, self.spec)]
+        # Only now, so that the new nodes of one pair follow where their inputs are the outputs of another.
+        for old, new in outputs:
+            old.replace_all_uses_with(new)
         _release_captured(graph)
         graph.eliminate_dead_code()
         for cache in caches:
@@ -133,14 +140,18 @@ def _add_store_inputs(graph: fx.Graph, pair: Pair, spec: QuantSpec, number: int)
     return tuple(nodes)
 
 
-def _replace(graph: fx.Graph, pair: Pair, store: tuple[fx.Node, ...], spec: QuantSpec) -> None:
+def _insert(graph: fx.Graph, pair: Pair, store: tuple[fx.Node, ...], spec: QuantSpec) -> list[tuple[fx.Node, fx.Node]]:
+    """Writes and reads the store, and drops the epilogues; returns each attention's old output with its new one."""
     records, tail, lengths, balance = store
-    first = pair.readers[0].attention.out
+    outs = {reader.attention.out for reader in pair.readers}
+    # The first output is not always the first reader's. All outputs come after the write, so what it writes is there.
+    first = next(node for node in graph.nodes if node in outs)
+    replaced = []
     with graph.inserting_before(first):
         make = _Maker(graph, first)
         k, v = (_new_tokens(make, write, pair.axes.order) for write in (pair.k, pair.v))
         positions = _positions(make, pair)
-        make(torch.ops.kvarn.append.default, k, v, positions, *store, spec.key)
+        make(torch.ops.kvarn.append.default, k, v, positions, *store, _capacity(make, pair, records, spec), spec.key)
     for reader in pair.readers:
         attention = reader.attention
         assert attention.q is not None
@@ -149,13 +160,14 @@ def _replace(graph: fx.Graph, pair: Pair, store: tuple[fx.Node, ...], spec: Quan
             q = _query(make, attention)
             kv_len = size_node(graph, reader.kv_len, attention.out)
             out = make(torch.ops.kvarn.attend.default, q, k, v, positions, records, tail, lengths, balance,
-                       attention.mask, kv_len, attention.is_causal, float(attention.scale), spec.key)
-        attention.out.replace_all_uses_with(out)
+                       _mask(make, attention), kv_len, attention.is_causal, float(attention.scale), spec.key)
+        replaced.append((attention.out, out))
     for write in (pair.k, pair.v):
         # A returned epilogue is the cache input, which AOTAutograd's wrapper hands out itself: it drops this value.
         for user in list(write.store.users):
             user.args = map_arg(user.args, lambda n, gone=write.store: None if n is gone else n)
         graph.erase_node(write.store)
+    return replaced
 
 
 class _Maker:
@@ -164,7 +176,7 @@ class _Maker:
     def __init__(self, graph: fx.Graph, like: fx.Node):
         self.graph, self.like = graph, like
 
-    def __call__(self, target: torch._ops.OpOverload, *args, **kwargs) -> fx.Node:
+    def __call__(self, target: Callable[..., Any], *args, **kwargs) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)
         node.meta = {key: value for key, value in self.like.meta.items() if key in ("stack_trace", "nn_module_stack")}
         fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
@@ -200,6 +212,14 @@ def _positions(make: _Maker, pair: Pair) -> fx.Node:
     return make(_ATEN.unsqueeze.default, node, 1) if where.per_row and node.meta["val"].ndim == 1 else node
 
 
+def _capacity(make: _Maker, pair: Pair, records: fx.Node, spec: QuantSpec) -> int | fx.Node:
+    """Positions of the plain cache; where that is symbolic, those of the store's tiles, which may be a few more."""
+    capacity = sizes(pair.k.cache)[pair.axes.tokens]
+    if capacity.is_Integer:
+        return int(capacity)
+    return make(operator.mul, make(_ATEN.sym_size.int, records, 2), spec.group)
+
+
 def _query(make: _Maker, attention: Attention) -> fx.Node:
     """The query as [B', Hq, n, D]: the tensor before matmul flattened it, or a view of what matmul made."""
     node = attention.q
@@ -212,6 +232,14 @@ def _query(make: _Maker, attention: Attention) -> fx.Node:
         above = operand(above)
         found = above if sizes(above) == wanted else found
     return found or make(_ATEN.view.default, node, list(attention.q_shape))
+
+
+def _mask(make: _Maker, attention: Attention) -> fx.Node | None:
+    """The mask with at least the dimensions [n, kv_len]."""
+    mask = attention.mask
+    while mask is not None and len(sizes(mask)) < 2:
+        mask = make(_ATEN.unsqueeze.default, mask, 0)
+    return mask
 
 
 def _release_captured(graph: fx.Graph) -> None:

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from kvarn_passes import Rewritten, capture, rewrite
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
 from kvarn.layout import StoreLayout
 from kvarn.spec import PRESETS, QuantSpec
+from kvarn_passes import Rewritten, capture, rewrite
 
 LOSSLESS = PRESETS["k16v16"]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 2e-1, torch.float64: 1e-9}

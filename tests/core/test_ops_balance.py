@@ -19,7 +19,8 @@ def arguments(name="k4v2_g64", count=3):
 def test_ops_satisfy_their_schema_and_fake(name):
     store, k, v, positions = arguments(name)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.kvarn.append.default, (k, v, positions, *store.tensors(), store.spec.key),
+    torch.library.opcheck(torch.ops.kvarn.append.default,
+                          (k, v, positions, *store.tensors(), store.capacity, store.spec.key),
                           test_utils=checks)
     q = torch.randn(2, 4, 3, 32)
     mask = torch.ones(1, 1, 3, 128, dtype=torch.bool)
@@ -32,7 +33,7 @@ def test_ops_satisfy_their_schema_and_fake(name):
 def test_the_spec_key_reaches_the_op():
     store, k, v, positions = arguments()
     with pytest.raises(ValueError, match="not a spec key"):
-        torch.ops.kvarn.append(k, v, positions, *store.tensors(), "k4v2")
+        torch.ops.kvarn.append(k, v, positions, *store.tensors(), 128, "k4v2")
 
 
 @pytest.mark.parametrize("name", PRESETS)

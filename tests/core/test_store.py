@@ -108,8 +108,8 @@ def test_load_truncate_reset_reorder(name):
 def test_errors_name_value_and_bound():
     store = PackedCache.empty("k4v2_g64", 1, HEADS, 100, DIM, torch.float32)
     k, v = tokens(1, 2)
-    with pytest.raises(PositionError, match=r"position 128 is outside.*0\.\.127"):
-        store.append(k, v, torch.tensor([127, 128]))
+    with pytest.raises(PositionError, match=r"position 100 is outside.*0\.\.99"):
+        store.append(k, v, torch.tensor([99, 100]))  # its last tile would have room
     with pytest.raises(PositionError, match="position -1"):
         store.append(k, v, torch.tensor([-1, 0]))
     with pytest.raises(ShapeError, match="do not fit a store of 1 rows"):

@@ -35,8 +35,8 @@ def twins(spec, rows: int, heads: int, capacity: int, dim: int, dtype: torch.dty
 def write(cpu: PackedCache | None, gpu: PackedCache, k: Tensor, v: Tensor, positions: Tensor) -> None:
     """Append to both; positions [n] or [B', n]."""
     if cpu is not None:
-        append_cpu(k, v, positions, *cpu.tensors(), cpu.spec.key)
-    append_cuda(k.to(DEVICE), v.to(DEVICE), positions.to(DEVICE), *gpu.tensors(), gpu.spec.key)
+        append_cpu(k, v, positions, *cpu.tensors(), cpu.capacity, cpu.spec.key)
+    append_cuda(k.to(DEVICE), v.to(DEVICE), positions.to(DEVICE), *gpu.tensors(), gpu.capacity, gpu.spec.key)
 
 
 def read(gpu: PackedCache, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None, kv_len: int,

@@ -21,7 +21,7 @@ def filled(spec, dim, dtype, lengths, heads=2, capacity=CAPACITY):
             k, v = tokens(1, heads, length - 1, dim, dtype, row)
             part = [t[row : row + 1] for t in gpu.tensors()[:3]]
             append_cuda(k.to(DEVICE), v.to(DEVICE), torch.arange(length - 1, device=DEVICE), *part, gpu.balance,
-                        gpu.spec.key)
+                        gpu.capacity, gpu.spec.key)
     k, v = tokens(len(lengths), heads, 1, dim, dtype, 99)
     write(None, gpu, k, v, at - 1)
     return gpu, k, v, at - 1

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from compare import LOSSLESS, TOLERANCE, Calls, RewritingBackend, run_both
 from torch import nn
+from torch._dynamo.utils import counters
 from toy_models import Config, StaticLayer
 
 CHUNKS = (5, 1, 1, 130, 1)
@@ -77,3 +78,19 @@ def write(m, x, position):
 def plain(m, x, position):
     write(m, x, position)
     return attend(m, x, m.k_cache, m.v_cache)
+
+
+def reasons(backend) -> set:
+    return {decision.refusal.reason if decision.refusal else None for decision in backend.decisions}
+
+
+def check_refused(backend, reason):
+    """All attentions refused for this reason, explained, and left as plain attention."""
+    assert reasons(backend) == {reason}
+    refusal = backend.decisions[0].refusal
+    assert refusal.message and refusal.hint
+    assert all(result.pairs == () for result in backend.results)
+    assert backend.ops(torch.ops.kvarn.sdpa.default) == backend.ops(torch.ops.kvarn.attend.default) == 0
+    found = len(backend.decisions)
+    assert counters["kvarn"] == {"attention_found": found, "attention_rewritten": 0, "attention_refused": found}
+    return refusal

@@ -5,10 +5,11 @@ import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
+
 from kvarn_passes.axes import Factor, attention_axes, layout_of, reshape, views_above, whole
 from kvarn_passes.graph import sizes
 from kvarn_passes.refusal import Reason, Refused
-from torch.fx.experimental.proxy_tensor import make_fx
 
 
 def indices_of(layout, shape) -> torch.Tensor:

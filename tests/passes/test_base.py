@@ -3,11 +3,11 @@
 import logging
 
 import torch
-from kvarn_passes import uuid
-from kvarn_passes.base import Pass
 from torch import fx
 
 from kvarn.spec import PRESETS
+from kvarn_passes import uuid
+from kvarn_passes.base import Pass
 
 
 class Negate(Pass[int]):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kvarn_passes import capture
 from torch import fx
+
+from kvarn_passes import capture
 
 KVARN = torch.ops.kvarn.sdpa.default
 Q, K, M = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 5, 16), torch.randn(3, 5)

@@ -46,14 +46,14 @@ view_1 = aten.view.default(mul, [2, 1, 64])
 zeros = aten.zeros.default([1, 1, 1, 64], dtype = torch.float32)
 unsqueeze = aten.unsqueeze.default(view, 0)
 unsqueeze_1 = aten.unsqueeze.default(view_1, 0)
-append = kvarn.append.default(unsqueeze, unsqueeze_1, arg2_1, *store_0, spec)
+append = kvarn.append.default(unsqueeze, unsqueeze_1, arg2_1, *store_0, 64, spec)
 attend = kvarn.attend.default(arg1_1, unsqueeze, unsqueeze_1, arg2_1, *store_0, zeros, 64, False, 0.125, spec)
 return (attend,)""")
 
     def test_index_copy(self):
         self.assertExpectedInline(code_of(copied, n=2), """\
 def forward(self, arg1_1, arg2_1, *store_0):
-append = kvarn.append.default(arg2_1, arg2_1, arg1_1, *store_0, spec)
+append = kvarn.append.default(arg2_1, arg2_1, arg1_1, *store_0, 64, spec)
 attend = kvarn.attend.default(arg2_1, arg2_1, arg2_1, arg1_1, *store_0, None, 64, True, 0.5, spec)
 return (attend,)""")
 
@@ -61,7 +61,7 @@ return (attend,)""")
         self.assertExpectedInline(code_of(sliced), """\
 def forward(self, arg1_1, *store_0):
 arange_start = aten.arange.start(4, 5, dtype = torch.int64)
-append = kvarn.append.default(arg1_1, arg1_1, arange_start, *store_0, spec)
+append = kvarn.append.default(arg1_1, arg1_1, arange_start, *store_0, 64, spec)
 attend = kvarn.attend.default(arg1_1, arg1_1, arg1_1, arange_start, *store_0, None, 5, False, 0.125, spec)
 return (attend,)""")
 
