@@ -1,8 +1,12 @@
-"""Write the README's measured figures from the demo's JSON, so that none is typed by hand.
+"""Write the README's measured figures from the files that measurements left, so that none is typed by hand.
 
     kvarn demo --json --out docs > docs/demo.json && python docs/figures.py
+
+The demo's JSON, benchmarks/results/peak_memory.csv, and the tables of docs/accuracy.md and docs/kernels.md, which their
+own scripts wrote.
 """
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -34,10 +38,28 @@ def block(f: dict[str, Any]) -> str:
             f"perplexity {f['ppl_upstream']:.2f}, the lossless `k16v16` {f['ppl_lossless']:.2f}.\n")
 
 
+def others() -> str:
+    """The figures that other scripts measured: memory, accuracy, kernels."""
+    with (REPOSITORY / "benchmarks/results/peak_memory.csv").open() as file:
+        memory = list(csv.DictReader(file))[-1]
+    plain, packed, none = (int(memory[f"peak_{name}"]) / 2**20 for name in ("plain", "kvarn", "no_cache"))
+    cache = int(memory["plain_cache_bytes"]) / 2**20
+    accuracy = (REPOSITORY / "docs/accuracy.md").read_text().split("## The answer\n\n")[1].split("\n\n")[0]
+    kernels = (REPOSITORY / "docs/kernels.md").read_text()
+    decode = kernels.split("<!-- table decode -->\n")[1].split("<!-- end decode -->")[0]
+    return (f"Peak memory of a process whose cache of {int(memory['tokens']):,} tokens takes {cache:,.0f} MiB plain: "
+            f"{plain:,.0f} MiB with it, {packed:,.0f} MiB with `empty_static_cache` and packed, {none:,.0f} MiB with a "
+            f"cache of one chunk (`benchmarks/peak_memory.py`).\n\n"
+            f"Accuracy in float32 on an H100, KL to the unquantized model (`docs/accuracy.md`: method, every peer, what "
+            f"is missing):\n\n{accuracy}\n\n"
+            f"The decode kernel against reading the same tokens in bfloat16 at the card's copy bandwidth "
+            f"(`docs/kernels.md`: what has and has not been run on a GPU):\n\n{decode}")
+
+
 def updated(readme: str, figures: dict[str, Any]) -> str:
     """The README with the marked block replaced."""
     head, rest = readme.split(BEGIN)
-    return head + BEGIN + block(figures) + END + rest.split(END)[1]
+    return head + BEGIN + block(figures) + "\n" + others() + END + rest.split(END)[1]
 
 
 if __name__ == "__main__":

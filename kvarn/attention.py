@@ -12,7 +12,7 @@ from kvarn.frame import keys_in, queries_in, values_in, values_out
 from kvarn.layout import StoreLayout, store_layout
 from kvarn.quantize import decode, read_tail
 
-_TILES_AT_ONCE = 512
+_TILES_AT_ONCE = 128
 """Tiles unpacked together, whole heads at a time: bounds the float32 temporaries of a chunk over a long history."""
 
 

@@ -46,9 +46,10 @@ class Packed:
         source = self._pairs[number].balance
         if source is None or source.inv_freq is None:
             return self._given[number]
-        norm = None if source.norm is None else args[source.norm]
+        norm, query_weight, query_bias = (None if i is None else args[i] for i in
+                                          (source.norm, source.query_weight, source.query_bias))
         return balance.from_weights(args[source.weight], args[source.bias], norm, args[source.inv_freq].flatten(),
-                                    self._pairs[number].spec.group)
+                                    self._pairs[number].spec.group, query_weight, query_bias)
 
 
 def guarded(compiled: Callable[..., Any], watched: Sequence[int]) -> Callable[..., Any]:

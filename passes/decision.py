@@ -31,12 +31,15 @@ class BalanceSource:
         bias: its bias [H*D].
         inv_freq: the rotary angular frequencies [D/2], None if they are not an input.
         norm: the weight of the RMS norm that feeds the projection [hidden], None if there is none.
+        query_weight, query_bias: [Hq*D, hidden] and [Hq*D] of the query projection, None if queries are made otherwise.
     """
 
     weight: int
     bias: int
     inv_freq: int | None = None
     norm: int | None = None
+    query_weight: int | None = None
+    query_bias: int | None = None
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ class Rewrite(Pass[Rewritten]):
         return result
 
     def _describe(self, pair: Pair, index: dict[fx.Node, int]) -> StorePair:
-        source = balance_source(pair.k.new, index) if self.balance == "weights" and self.spec.rotated else None
+        wanted = self.balance == "weights" and self.spec.rotated
+        source = balance_source(pair.k.new, pair.readers[0].attention.q, index) if wanted else None
         return StorePair(index[pair.k.cache], index[pair.v.cache], pair.axes, self.spec, source,
                          module_path(pair.k.node))
 

@@ -10,6 +10,7 @@ A norm between projection and rotation, interleaved pairs, or a projection share
 
 from collections.abc import Iterator
 from operator import getitem
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -19,17 +20,43 @@ from .decision import BalanceSource
 from .graph import argument, aten, operand, sizes
 
 
-def balance_source(k: fx.Node, inputs: dict[fx.Node, int]) -> BalanceSource | None:
-    """The inputs behind new keys.
+def balance_source(k: fx.Node, q: fx.Node | None, inputs: dict[fx.Node, int]) -> BalanceSource | None:
+    """The inputs behind new keys, and behind queries that are made like them.
 
     Args:
         k: the keys written to the cache.
+        q: the queries that attend to them.
         inputs: all placeholders with their indices.
 
     Returns:
         None unless the keys are a rotated projection whose weight and bias are inputs.
     """
-    rotated = _rotation(_peel(k))
+    keys, queries = _projection(k, inputs), _projection(q, inputs) if q is not None else None
+    if keys is None:
+        return None
+    head_dim = sizes(k)[-1]
+    angles = [node for node in _inputs_above(keys.cos) if node.meta["val"].is_floating_point()
+              and sizes(node)[:-1] == (1,) * (len(sizes(node)) - 1) and sizes(node)[-1:] == (head_dim / 2,)]
+    norm = _norm_weight(keys.hidden)
+    alike = queries is not None and queries.hidden is keys.hidden
+    return BalanceSource(inputs[keys.weight], inputs[keys.bias], inputs[angles[0]] if len(angles) == 1 else None,
+                         inputs.get(norm) if norm is not None else None,
+                         inputs[queries.weight] if queries and alike else None,
+                         inputs[queries.bias] if queries and alike else None)
+
+
+class _Projection(NamedTuple):
+    """A rotated x = hidden weight^T + bias, and the cosines that rotate it."""
+
+    weight: fx.Node
+    bias: fx.Node
+    hidden: fx.Node
+    cos: fx.Node
+
+
+def _projection(tokens: fx.Node, inputs: dict[fx.Node, int]) -> _Projection | None:
+    """What keys or queries are a rotation of, None unless weight and bias are inputs."""
+    rotated = _rotation(_peel(tokens))
     if rotated is None:
         return None
     x, cos = rotated
@@ -39,12 +66,7 @@ def balance_source(k: fx.Node, inputs: dict[fx.Node, int]) -> BalanceSource | No
     bias, hidden, weight = (_peel(operand(linear, i)) for i in range(3))
     if bias not in inputs or weight not in inputs or aten(linear.args[2]) != "t" or len(sizes(bias)) != 1:
         return None
-    head_dim = sizes(k)[-1]
-    angles = [node for node in _inputs_above(cos) if node.meta["val"].is_floating_point()
-              and sizes(node)[:-1] == (1,) * (len(sizes(node)) - 1) and sizes(node)[-1:] == (head_dim / 2,)]
-    norm = _norm_weight(hidden)
-    return BalanceSource(inputs[weight], inputs[bias], inputs[angles[0]] if len(angles) == 1 else None,
-                         inputs.get(norm) if norm is not None else None)
+    return _Projection(weight, bias, hidden, cos)
 
 
 def _rotation(add: fx.Node) -> tuple[fx.Node, fx.Node] | None:

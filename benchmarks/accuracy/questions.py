@@ -104,11 +104,12 @@ Only values quantized, tokens of smallest |V| per tile kept:
 Only keys quantized, the same tokens' keys kept and left out of the channel ranges:
 
 {_table(formats, "k", keys, "exact keys")}
-Predicted: none doubles the KL, int8 rows equal float16 rows, a fixed sink adds under 5%. Held but for qwen, which has
-less of a sink. Not predicted: the key of that one token changes the keys' KL by
+Predicted: none doubles the KL, int8 rows equal float16 rows, a fixed sink adds under 5%; the tables say where that
+held (qwen has less of a sink). Not predicted: the key of that one token changes the keys' KL by
 {_change(formats, "k", "exact K rows 1", "balance=random")}: it is the attention sink, its key is an outlier in every
 channel range, and its score carries most of the weight. As int8 is enough, key and value together cost what the float16
-value row did: 2 bytes a token. The token is stored as the tail stores tokens (kvarn/words.py), and a kernel leaves it
+value row did: 2 bytes a token. (Measured here with int8 rows; the record holds 10 bits of a key and 6 of a value, which
+was compared on the CPU only.) The token is stored as the tail stores tokens (kvarn/words.py), and a kernel leaves it
 out of its loop (its kt is -0.0) and attends the exact tokens of many tiles together, as it attends the tail.
 """
 
@@ -182,6 +183,7 @@ def _long(data) -> str:
         body = [(f"{(i + 1) * d['context'] // 16}", *(number(s[n]["kl_bins"][i]) for n in names)) for i in range(16)]
         text += f"{model}, {d['context']} tokens, mean KL of the part that ends at a position:\n\n"
         text += markdown(("position", *names), body)
-        text += ("\nUp to 8,192 tokens, the length the model was trained for, KL is flat. Beyond it every method's KL "
-                 "grows together: there the model itself breaks down, and small differences decide.\n")
+        text += ("\nUp to 8,192 tokens, the length the model was trained for, every method's KL grows slowly and by "
+                 "like shares. Beyond it all grow together: there the model itself breaks down, and small differences "
+                 "decide.\n")
     return text

@@ -200,7 +200,8 @@ def test_balance_from_weights():
             layer.k_proj.bias.normal_(0, 3)
     driver.compile(preset="k4v2_g128").step(prompt(config, 130))
     layer, norm = driver.model.layers[1], driver.model.norms[1]
-    expected = balance.from_weights(layer.k_proj.weight, layer.k_proj.bias, norm.weight, driver.model.rope.inv_freq)
+    expected = balance.from_weights(layer.k_proj.weight, layer.k_proj.bias, norm.weight, driver.model.rope.inv_freq,
+                                    128, layer.q_proj.weight, layer.q_proj.bias)
     torch.testing.assert_close(binding_of(driver.cache[1].keys).store.balance, expected.detach())
     off = Driver("hf", config).compile(preset="k4v2_g128", balance="off")
     off.step(prompt(config, 3))

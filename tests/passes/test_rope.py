@@ -35,6 +35,8 @@ def test_biased_projection_behind_a_norm():
         kv = config.kv_heads * config.head_dim
         assert [shapes[i] for i in (source.weight, source.bias, source.inv_freq, source.norm)] == [
             (kv, config.hidden), (kv,), (config.head_dim // 2,), (config.hidden,)]
+        wide = config.heads * config.head_dim
+        assert [shapes[i] for i in (source.query_weight, source.query_bias)] == [(wide, config.hidden), (wide,)]
     assert len({pair.balance.weight for pair in pairs}) == config.layers
     assert len({pair.balance.inv_freq for pair in pairs}) == 1
 

@@ -21,7 +21,7 @@ class Packed(Method):
     what decoding loses there: it attends its newest token exactly).
     """
 
-    source = "kvarn/quantize.py, docs/design.md"
+    source = "kvarn/closed.py"
 
     def __init__(self, name: str, facts: Facts, spec: QuantSpec, balanced: bool = True, tail_read: bool = False):
         super().__init__(name, facts)
