@@ -1,4 +1,4 @@
-"""Rounding to the 8-bit float e4m3 (1 sign, 4 exponent, 3 mantissa bits; largest value 448)."""
+"""Rounding to the 8-bit float e4m3 (1 sign, 4 exponent, 3 mantissa bits; largest value 448), and up to float16."""
 
 import torch
 from torch import Tensor
@@ -9,14 +9,6 @@ MAX = 448.0
 def nearest(x: Tensor) -> Tensor:
     """x rounded to the nearest e4m3 value, saturating at +-448."""
     return x.clamp(-MAX, MAX).to(torch.float8_e4m3fn)
-
-
-def upward(x: Tensor) -> Tensor:
-    """Non-negative x rounded up to an e4m3 value, saturating at 448: a step made so always covers its range."""
-    y = nearest(x)
-    bits = y.view(torch.uint8)
-    short = (y.float() < x) & (bits < 0x7E)  # 0x7E is 448, the next pattern is NaN
-    return (bits + short.to(torch.uint8)).view(torch.float8_e4m3fn)
 
 
 def upward_half(x: Tensor) -> Tensor:

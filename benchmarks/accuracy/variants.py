@@ -92,7 +92,7 @@ def keys(y: Tensor, at: Tensor, form: Format) -> Tensor:
     low = u.masked_fill(kept, torch.inf).amin(-2, keepdim=True).half().float()
     step = (u.masked_fill(kept, -torch.inf).amax(-2, keepdim=True) - low).clamp_min(0) / top
     if form.ks == "e4m3":
-        step = float8.upward(step * 64).float() / 64
+        step = _upward(step * 64).float() / 64
     else:
         step = float8.upward_half(step).float()
     out = (((u - low) / step.clamp_min(1e-20)).round().clamp(0, top) * step + low) * kt
@@ -188,3 +188,11 @@ BASE = Format()
 def question(**changes) -> Format:
     """The base format with some switches changed."""
     return replace(BASE, **changes)
+
+
+def _upward(x):
+    """Non-negative x rounded up to an e4m3 value, saturating at 448."""
+    y = float8.nearest(x)
+    bits = y.view(torch.uint8)
+    short = (y.float() < x) & (bits < 0x7E)  # 0x7E is 448, the next pattern is NaN
+    return (bits + short.to(torch.uint8)).view(torch.float8_e4m3fn)
