@@ -50,7 +50,7 @@ def others() -> str:
     return (f"Peak memory of a process whose cache of {int(memory['tokens']):,} tokens takes {cache:,.0f} MiB plain: "
             f"{plain:,.0f} MiB with it, {packed:,.0f} MiB with `empty_static_cache` and packed, {none:,.0f} MiB with a "
             f"cache of one chunk (`benchmarks/peak_memory.py`).\n\n"
-            f"Accuracy in float32 on an H100, KL to the unquantized model (`docs/accuracy.md`: method, every peer, "
+            f"Accuracy in float32, KL to the unquantized model (`docs/accuracy.md`: method, every peer, "
             f"what is missing):\n\n{accuracy}\n\n"
             f"The decode kernel against reading the same tokens in bfloat16 at the card's copy bandwidth "
             f"(`docs/kernels.md`: what has and has not been run on a GPU):\n\n{decode}")

@@ -73,7 +73,19 @@ def verdict(data) -> str:
               "k4v4 KL", "upstream k4v4 with sink", "k4v4 perplexity*")
     return ("## The answer\n\n" + markdown(header, table)
             + "\n*Against the unquantized model's, at the widest context where that was run: 4,096 or else 1,024.\n\n"
-            + questions.verdict(values))
+            + questions.verdict(values) + small_samples(data))
+
+
+def small_samples(data) -> str:
+    """A line for every model of the table above that was measured on little text."""
+    lines = ""
+    for model, context, _ in measured(data):
+        positions = sum(summaries[OURS]["positions"] for summaries in data[model, context]["results"].values())
+        if positions < 16384:
+            device = data[model, context]["settings"].get("device", "a CPU")
+            lines += (f"- {model} was measured on {positions:,} positions only, in windows of {context:,} tokens, of "
+                      f"which upstream's sink covers {100 * 128 / context:.1f}%, on {device}: a small sample.\n")
+    return lines
 
 
 def perplexity(data, model) -> float | None:
