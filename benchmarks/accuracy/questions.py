@@ -22,8 +22,8 @@ def verdict(found) -> str:
     above = [m for m, (*_, ours, theirs, _) in found.items() if ours > theirs]
     losses = [abs(x[-1]) for x in found.values() if x[-1] is not None]
     goals = ", ".join(f"{GOALS[m]}% ({m})" for m in found)
-    lines = [f"No peer of at most k4v2's bits comes within a factor of {factor:.1f} of its KL on any model where one was "
-             "measured.",
+    lines = [f"No peer of at most k4v2's bits comes within a factor of {factor:.1f} of its KL on any model where one "
+             "was measured.",
              f"Against upstream's algorithm with its 128 exact tokens, the goals were {goals}. "
              + (f"Missed: {'; '.join(missed)}. {MISSED}" if missed else "All are met."),
              "k4v4 is closer to the unquantized model than upstream's k4v4 with its sink on every model"
