@@ -1,6 +1,6 @@
 """transformers: a static cache without memory, cache layers that know their store, and generate() on a compiled model.
 
-The only module that imports transformers. What works (transformers 5):
+What works (transformers 5; hf_models.py, which loads models, and eval/hf.py import it too):
 
     model = torch.compile(model, backend="kvarn");  model.generate(..., cache_implementation="static")
     model.compile(backend="kvarn");                 model.generate(..., cache_implementation="static")

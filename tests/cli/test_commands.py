@@ -4,8 +4,8 @@ import sys
 
 import pytest
 import torch
-from conftest import save_tiny
 from safetensors.torch import load_file
+from tiny_model import save_tiny
 from typer.testing import CliRunner
 
 from kvarn.spec import PRESETS

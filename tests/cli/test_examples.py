@@ -1,7 +1,7 @@
 import runpy
 
 import pytest
-from conftest import REPOSITORY
+from tiny_model import REPOSITORY
 
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
 

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from tiny_model import REPOSITORY
 from torch._dynamo.utils import counters
 
 from kvarn.spec import PRESETS
