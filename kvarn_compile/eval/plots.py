@@ -10,7 +10,7 @@ FORMATS = ("png", "svg")
 
 def draw_all(data: dict[str, Any], folder: Path) -> list[Path]:
     """Every plot of one result file that its data allow, as PNG and SVG: the files written."""
-    summaries = {n: s for n, s in averaged(data).items() if n != UNQUANTIZED and s["kl"] > 0 and "+" not in n}
+    summaries = {n: s for n, s in averaged(data).items() if n != UNQUANTIZED and s["kl"] > 0 and not set(n) & set("+,")}
     stem = folder / f"{data['model']}_{data['context']}"
     written = []
     if summaries:
@@ -77,7 +77,8 @@ def _save(figure, stem: Path, what: str) -> list[Path]:
 
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(f"{stem.name}_{what}.{kind}") for kind in FORMATS]
-    for path in paths:
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=120)
+    with pyplot.rc_context({"svg.hashsalt": "kvarn"}):  # equal data, equal bytes
+        for path in paths:
+            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=120)
     pyplot.close(figure)
     return paths
