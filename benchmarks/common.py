@@ -14,6 +14,7 @@ import torch
 import triton
 
 from kvarn.cache import PackedCache
+from kvarn.paged_layout import PagedLayout
 
 RESULTS = pathlib.Path(os.environ.get("OUT") or pathlib.Path(__file__).parent / "results")
 
@@ -63,6 +64,23 @@ def random_store(preset, rows: int, heads: int, tokens: int, dim: int, dtype=tor
     cache.tail.copy_(sample.tail[0, 0].expand_as(cache.tail))
     cache.lengths.fill_(tokens)
     return cache
+
+
+def paged_store(store: PackedCache, tokens: int, spare: int = 0) -> tuple[torch.Tensor, torch.Tensor, PagedLayout]:
+    """The same tokens as blocks in random order, with room for `spare` more: cache, table, layout."""
+    layout = PagedLayout(store.spec, store.layout.head_dim, torch.bfloat16)
+    rows, heads = store.records.shape[:2]
+    tiles, width = layout.tiles(tokens), layout.blocks(tokens + spare)
+    table = torch.randperm(rows * width, device="cuda").view(rows, width).int()
+    cache = torch.zeros(rows * width, heads, layout.record_bytes, dtype=torch.uint8, device="cuda")
+    cache[table[:, :tiles].long()] = store.records[:, :, :tiles].transpose(1, 2)
+    for name, field in layout.whole.tail.items():
+        whole = field.of(store.tail).transpose(1, 2)
+        for page in range(layout.spare):
+            part = whole[:, page * layout.page : (page + 1) * layout.page].transpose(1, 2)
+            view = layout.tail[name].of(cache)
+            view[table[:, tiles - 1 + layout.spare - page].long(), :, : part.shape[2]] = part
+    return cache, table, layout
 
 
 def write_rows(name: str, rows: list[dict]) -> None:

@@ -9,9 +9,11 @@ graph.
 import torch
 from torch import Tensor
 
-from kvarn.errors import ShapeError, SpecError
-from kvarn.kernels import append, combine, configs, decode, prepare, quantize, unpack
-from kvarn.layout import StoreLayout, store_layout
+from kvarn.decode_cuda import decode_store
+from kvarn.device import capability, channels_last, kernel_offsets, processors
+from kvarn.errors import ShapeError
+from kvarn.kernels import append, configs, quantize, unpack
+from kvarn.layout import store_layout
 from kvarn.raw import append_raw, read_raw
 
 SCRATCH_BYTES = 1 << 28
@@ -39,11 +41,14 @@ def append_cuda(k: Tensor, v: Tensor, positions: Tensor, records: Tensor, tail: 
     if layout.spec.method == "raw":
         append_raw(k, v, positions.expand(rows, tokens), records[:rows], tail[:rows], lengths[:rows], layout)
         return
-    offsets = _offsets(layout)
-    positions = positions if positions.dim() == 2 else positions[None]
-    k, v = _channels_last(k), _channels_last(v)
+    offsets = kernel_offsets(layout)
+    positions = channels_last(positions if positions.dim() == 2 else positions[None])
+    k, v = channels_last(k), channels_last(v)
     before = torch.empty_like(lengths[:rows])
-    quantize.close(k, v, positions, records, tail, lengths, before, balance, *configs.close(layout.head_dim), **offsets)
+    per = configs.rows_per_look(rows, k.shape[1], processors(k.device)) if tokens == 1 else 1
+    shape = layout.head_dim, layout.spec.group, capability(k.device)
+    quantize.close(k, v, positions, records, tail, lengths, before, balance, per, configs.leave(*shape),
+                   *configs.fill(*shape), **offsets)
     if tokens == 1:
         append.write(k, v, positions, records, tail, lengths, balance, num_warps=4, **offsets)
     else:
@@ -74,8 +79,8 @@ def attend_cuda(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, records: Ten
         key, value = read_raw(records[:rows], tail[:rows], lengths[:rows], layout)
         return _sdpa(q, key[:, :, :kv_len], value[:, :, :kv_len], mask, is_causal, scale, out)
     if tokens == 1:
-        return _decode(q, records, tail, lengths, balance, mask, kv_len, scale, layout, out)
-    positions = positions if positions.dim() == 2 else positions[None]
+        return decode_store(q, records, tail, lengths, balance, mask, kv_len, scale, layout, out)
+    positions = channels_last(positions if positions.dim() == 2 else positions[None])
     heads, dim = records.shape[1], layout.head_dim
     step = max(1, SCRATCH_BYTES // (2 * heads * kv_len * dim * q.element_size()))
     for start in range(0, rows, step):
@@ -83,31 +88,9 @@ def attend_cuda(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, records: Ten
         shape = (part.stop - start, heads, kv_len, dim)
         key, value = q.new_empty(shape), q.new_empty(shape)
         own = positions[part] if positions.shape[0] > 1 else positions
-        unpack.unpack(_channels_last(k[part]), _channels_last(v[part]), own, records[part], tail[part], lengths[part],
-                      balance, key, value, *configs.unpack(dim), **_offsets(layout))
+        unpack.unpack(channels_last(k[part]), channels_last(v[part]), own, records[part], tail[part], lengths[part],
+                      balance, key, value, *configs.unpack(dim), **kernel_offsets(layout))
         _sdpa(q[part], key, value, None if mask is None else mask[part], is_causal, scale, out[part])
-    return out
-
-
-def _decode(q: Tensor, records: Tensor, tail: Tensor, lengths: Tensor, balance: Tensor, mask: Tensor | None,
-            kv_len: int, scale: float, layout: StoreLayout, out: Tensor) -> Tensor:
-    """One query token per row, over the packed tiles."""
-    rows, query_heads, tokens, dim = q.shape
-    heads = records.shape[1]
-    group = query_heads // heads
-    padded = max(8, 1 << (group * tokens - 1).bit_length())
-    config = configs.decode(rows, heads, layout.tiles(kv_len), padded, layout, _processors(q.device))
-    if mask is not None and mask.dtype == torch.bool:
-        mask = mask.view(torch.uint8)
-    rotated = q.new_empty((rows, heads, padded, dim), dtype=torch.float16)
-    extent = lengths.new_empty((rows, heads, 4), dtype=torch.int32)
-    partial = q.new_empty((rows, heads, config.splits + 1, padded, dim), dtype=torch.float32)
-    sums = q.new_empty((rows, heads, config.splits + 1, 2, padded), dtype=torch.float32)
-    prepare.prepare(_channels_last(q), balance, mask, rotated, extent, kv_len, scale, num_warps=4)
-    decode.decode(rotated, records, tail, lengths, extent, mask, prepare.differs(mask, group), partial, sums, group,
-                  tokens, _has_inline_assembly(q.device), config.step, config.num_warps, config.num_stages,
-                  config.maxnreg, **_offsets(layout))
-    combine.combine(partial, sums, out, num_warps=4)
     return out
 
 
@@ -134,28 +117,3 @@ def _check_store(k: Tensor, records: Tensor, tail: Tensor, lengths: Tensor) -> N
                          f"{records.shape[1]} heads; valid: at most as many rows, as many heads")
     if not (records.is_contiguous() and tail.is_contiguous() and lengths.is_contiguous()):
         raise ShapeError("a packed store's tensors must be contiguous on a GPU")
-
-
-def _offsets(layout: StoreLayout) -> dict[str, int]:
-    """configs.offsets of a layout that kernels exist for."""
-    spec = layout.spec
-    if spec.method != "kvarn" or spec.tail_bits != 8 or spec.sink:
-        raise SpecError(f"{spec.key} has no GPU kernels; valid there: method 'kvarn' with an 8-bit tail and no sink, "
-                        "or 'k16v16'")
-    if spec.k_bits not in configs.BITS or spec.v_bits not in configs.BITS:
-        raise SpecError(f"{spec.key} has no GPU kernels; valid there: bits of {configs.BITS}")
-    if layout.head_dim not in configs.HEAD_DIMS:
-        raise ShapeError(f"head_dim={layout.head_dim} has no GPU kernels; valid there: {configs.HEAD_DIMS}")
-    return configs.offsets(layout)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _has_inline_assembly(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

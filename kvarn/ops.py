@@ -13,13 +13,15 @@ from kvarn.attention import attend_cpu
 
 lib = torch.library.Library("kvarn", "DEF")
 
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+"""Arguments may have any strides: with fixed ones inductor makes each layer's call a mask and positions of its own."""
+
 lib.define("sdpa(Tensor q, Tensor k, Tensor v, Tensor? mask, float dropout_p, bool is_causal, float? scale, "
            "bool enable_gqa) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 lib.define("append(Tensor k, Tensor v, Tensor positions, Tensor(a!) records, Tensor(b!) tail, Tensor(c!) lengths, "
-           "Tensor balance, SymInt capacity, str spec) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+           "Tensor balance, SymInt capacity, str spec) -> ()", tags=TAGS)
 lib.define("attend(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor records, Tensor tail, Tensor lengths, "
-           "Tensor balance, Tensor? mask, SymInt kv_len, bool is_causal, float scale, str spec) -> Tensor",
-           tags=(torch.Tag.pt2_compliant_tag,))
+           "Tensor balance, Tensor? mask, SymInt kv_len, bool is_causal, float scale, str spec) -> Tensor", tags=TAGS)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool,

@@ -1,7 +1,7 @@
 """The torch.library boundary of the paged store: kvarn::append_paged and kvarn::attend_paged (kvarn/paged.py).
 
-A GPU implementation adds a dispatch for "CUDA" and nothing else: every address follows from table, starts and ends,
-which live on the device, and the sizes a launcher needs come as plain integers.
+Every address follows from table, starts and ends, which live on the device, and the sizes a launcher needs come as
+plain integers: on a GPU (kvarn/paged_cuda.py) nothing waits for the device.
 """
 
 import torch
@@ -25,7 +25,21 @@ def _attend_fake(q, k, v, cache, table, starts, ends, balance, max_count, max_en
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
+def _append_cuda(*args):
+    from kvarn.paged_cuda import append_paged_cuda  # Triton is needed only where there is a GPU
+
+    return append_paged_cuda(*args)
+
+
+def _attend_cuda(*args):
+    from kvarn.paged_cuda import attend_paged_cuda
+
+    return attend_paged_cuda(*args)
+
+
 lib.impl("append_paged", append_paged_cpu, "CPU")
 lib.impl("attend_paged", attend_paged_cpu, "CPU")
+lib.impl("append_paged", _append_cuda, "CUDA")
+lib.impl("attend_paged", _attend_cuda, "CUDA")
 torch.library.register_fake("kvarn::append_paged", _append_fake, lib=lib)
 torch.library.register_fake("kvarn::attend_paged", _attend_fake, lib=lib)

@@ -9,7 +9,7 @@ import triton.language as tl
 from kvarn.kernels.quarters import finite4, load_rows, select
 from kvarn.kernels.record import decode_keys, decode_values
 from kvarn.kernels.rotation import rotate, rotate_scaled
-from kvarn.kernels.tail import write_tail, write_tail_rows
+from kvarn.kernels.tail import write_tail
 
 
 @triton.jit(do_not_specialize=["p_b", "n", "T"])
@@ -30,7 +30,7 @@ def open_tile(
     EXACT_AT: tl.constexpr, WORDS: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
 ):
     """Grid (H, B). Blocks of R slots: the chunk's tokens are rotated into the tail; slots the chunk does not reach keep
-    their tokens if the tile was open already, else come from its record. Runs after close_tiles: nothing here reads
+    their tokens if the tile was open already, else come from its record. Runs after quantize.close: nothing here reads
     lengths, and the record of the tile it opens is not written there.
     """
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -51,7 +51,7 @@ def open_tile(
             x = load_rows(k + b * k_b + h * k_h, k_t, row, natural, fresh, Q)
             x = rotate_scaled(x, balance + h * 4 * Q, natural, Q)
             y = rotate(load_rows(v + b * v_b + h * v_h, v_t, row, natural, fresh, Q), natural, Q)
-            x, y = finite4(x), finite4(y)
+            x, y = finite4(x)[0], finite4(y)[0]
             if not held:
                 kept = decode_keys(rec, tok, natural, ~fresh, Q, KB, E, VW, K_CODES, SCALARS, CHANNEL, TOKEN, EXACT,
                                    EXACT_AT)
@@ -76,7 +76,7 @@ def write_token(
     R: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, VW: tl.constexpr, TAIL: tl.constexpr, WORDS: tl.constexpr,
     K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
 ):
-    """Grid (B,). One token of every head into the tail, R heads at a time; close_tiles has opened its tile. The only
+    """Grid (B,). One token of every head into the tail, R heads at a time; leave_tiles has opened its tile. The only
     program of its row, it also writes the length.
     """
     b = tl.program_id(0).to(tl.int64)
@@ -91,9 +91,8 @@ def write_token(
             x = rotate((x[0].to(tl.float32) * s[0], x[1].to(tl.float32) * s[1], x[2].to(tl.float32) * s[2],
                         x[3].to(tl.float32) * s[3]), natural, Q)
             y = rotate(load_rows(v + b * v_b, v_h, head, natural, some, Q), natural, Q)
-            own = tail + b * heads * TAIL
-            x, y = finite4(x), finite4(y)
-            write_tail_rows(own, x, y, head, slot, some, TAIL, Q, VW, WORDS, K_SCALE, V_SCALE)
+            write_tail(tail + (b * heads + head) * TAIL, finite4(x)[0], finite4(y)[0], slot, some, Q, VW, WORDS,
+                       K_SCALE, V_SCALE)
         tl.store(lengths + b, position + 1)
 
 

@@ -56,21 +56,29 @@ def to_e4m3(x):
     magnitude = tl.minimum(tl.abs(x), 448.0)
     bits = magnitude.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    tiny = round_even(magnitude * 512.0).to(tl.int32)
+    tiny = nearest(magnitude * 512.0)
     code = tl.where(magnitude < 0.015625, tiny, normal)
     return code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)
 
 
 @triton.jit
-def round_even(x):
-    """|x| < 2^22 to the nearest integer, ties to even: at 1.5 * 2^23 a float32 has no fraction bits."""
-    return (x + 12582912.0) - 12582912.0
+def at_nearest(x):
+    """|x| < 2^22 to the nearest integer, ties to even, plus 1.5 * 2^23: there a float32 has no fraction bits, and its
+    low byte is that of the integer. (Conversions run at a quarter of an addition's rate.)
+    """
+    return x + 12582912.0
+
+
+@triton.jit
+def number_at(x):
+    """The integer in at_nearest's result, float32."""
+    return x - 12582912.0
 
 
 @triton.jit
 def nearest(x):
-    """round_even as int32, read out of the float's own bits: conversions run at a quarter of an addition's rate."""
-    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    """|x| < 2^22 to the nearest integer, ties to even, int32."""
+    return at_nearest(x).to(tl.int32, bitcast=True) - 0x4B400000
 
 
 @triton.jit

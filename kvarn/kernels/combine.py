@@ -6,56 +6,64 @@ import torch
 import triton
 import triton.language as tl
 
-from kvarn.kernels.rotation import butterfly, signs
+from kvarn.kernels.rotation import signs
+from kvarn.kernels.sight import LOG2E
 
 
-@triton.jit(do_not_specialize=["parts", "group", "n"])
+@triton.jit(do_not_specialize=["sinks", "starts", "parts", "group", "n"])
 def combine_parts(
-    partial,  # [B, H, P, MP, D] float32, store frame
-    sums,  # [B, H, P, 2, MP] float32: peak and softmax sum of each part
-    out,  # [B, Hq, n, D] model dtype, plain frame, contiguous
-    parts, group, n,
-    P: tl.constexpr, MP: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
+    partial,  # [B, H, P, MP, D] float16, store frame: attention of each part
+    sums,  # [B, H, P, 2, MP] float32: highest score of each part, its sum of 2^(score - highest)
+    sinks,  # [Hq] float32 or model dtype: a logit that takes weight and has no value; unused without SINKS
+    starts,  # [B + 1] int32: where a row's tokens start in out; unused if not paged
+    out,  # [B, Hq, n, D] model dtype, plain frame, contiguous; paged: [tokens, Hq, D], any strides over both
+    o_b, o_h, o_n, parts, group, n,
+    PAGED: tl.constexpr, SINKS: tl.constexpr, MP: tl.constexpr, Q: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Grid (Hq * n, B). With weights w_s = 2^(peak[s] - max peak): out = (sum_s w_s o[s] / sum_s w_s sum[s]) H; a query
-    that sees nothing gets zeros.
+    """Grid (Hq, n, B). With w_s = sum_s 2^highest_s: out = (sum_s w_s partial[s] / (sum_s w_s + e^sink)) H; a query
+    that sees nothing gets zeros, a token that a row does not have is not written.
     """
-    query, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    hq, i = query // n, query % n
+    hq, i, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = i * group + hq % group
-    head = b * (tl.num_programs(0) // n // group) + hq // group
-    every, column = tl.arange(0, P), tl.arange(0, Q)
-    peaks = tl.load(sums + (head * parts + every) * 2 * MP + row, mask=every < parts, other=float("-inf"))
-    peak = tl.max(peaks, axis=0)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.load(sums + ((head * parts + every) * 2 + 1) * MP + row, mask=every < parts, other=0.0)
-    total = tl.sum(tl.exp2(peaks - peak) * total, axis=0)
-    inverse = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-    y0, y1 = tl.zeros([Q], tl.float32), tl.zeros([Q], tl.float32)
-    y2, y3 = tl.zeros([Q], tl.float32), tl.zeros([Q], tl.float32)
-    for start in range(0, parts, BLOCK):
-        s = start + tl.arange(0, BLOCK)
-        w = tl.load(sums + (head * parts + s) * 2 * MP + row, mask=s < parts, other=float("-inf"))
-        w = tl.exp2(w - peak)[:, None]
-        at = partial + ((head * parts + s) * MP + row)[:, None] * (4 * Q) + column[None, :]
-        some = (s < parts)[:, None]
-        y0 += tl.sum(tl.load(at, mask=some, other=0.0) * w, axis=0)
-        y1 += tl.sum(tl.load(at + Q, mask=some, other=0.0) * w, axis=0)
-        y2 += tl.sum(tl.load(at + 2 * Q, mask=some, other=0.0) * w, axis=0)
-        y3 += tl.sum(tl.load(at + 3 * Q, mask=some, other=0.0) * w, axis=0)
-    h = signs(column, column)
-    y0, y1 = tl.sum(h * y0[:, None], axis=0), tl.sum(h * y1[:, None], axis=0)
-    y2, y3 = tl.sum(h * y2[:, None], axis=0), tl.sum(h * y3[:, None], axis=0)
-    y = butterfly((y0, y1, y2, y3), Q)
-    at = out + (b * tl.num_programs(0) + query) * (4 * Q) + column
-    for j in tl.static_range(4):
-        tl.store(at + j * Q, (y[j] * inverse).to(out.dtype.element_ty))
+    head = b * (tl.num_programs(0) // group) + hq // group
+    channel, column, four = tl.arange(0, 4 * Q), tl.arange(0, Q), tl.arange(0, 4)
+    peak, total = float("-inf"), 0.0
+    if SINKS:
+        peak, total = tl.load(sinks + hq).to(tl.float32) * LOG2E, 1.0
+    target, asked = out + b * o_b + i * o_n + hq * o_h, n
+    if PAGED:
+        begin = tl.load(starts + b)
+        asked = tl.load(starts + b + 1) - begin
+        target = out + (begin + i).to(tl.int64) * o_n + hq * o_h
+    if i < asked:
+        y = tl.zeros([4 * Q], tl.float32)
+        for start in range(0, parts, BLOCK):
+            s = start + tl.arange(0, BLOCK)
+            here = sums + (head * parts + s) * 2 * MP + row
+            high = tl.load(here, mask=s < parts, other=float("-inf"))
+            w = tl.load(here + MP, mask=s < parts, other=0.0)
+            x = tl.load(partial + ((head * parts + s) * MP + row)[:, None] * (4 * Q) + channel[None, :],
+                        mask=(s < parts)[:, None], other=0.0)
+            new = tl.maximum(peak, tl.max(high, axis=0))
+            safe = tl.where(new == float("-inf"), 0.0, new)
+            w, old = w * tl.exp2(high - safe), tl.exp2(peak - safe)
+            peak, total, y = new, total * old + tl.sum(w, axis=0), y * old + tl.sum(x * w[:, None], axis=0)
+        inverse = tl.where(total > 0, (4 * Q) ** -0.5 / tl.where(total > 0, total, 1.0), 0.0)
+        y = tl.sum(tl.reshape(y * inverse, [4, Q])[:, :, None] * signs(column, column)[None], axis=1)  # H = H_4 x H_Q
+        y = tl.sum(y[:, None, :] * signs(four, four)[:, :, None], axis=0)
+        tl.store(target + four[:, None] * Q + column[None, :], y.to(out.dtype.element_ty))
 
 
-def combine(partial: torch.Tensor, sums: torch.Tensor, out: torch.Tensor, num_warps: int) -> None:
-    """Launch combine_parts: partial [B, H, P, MP, D] and sums [B, H, P, 2, MP] into out [B, Hq, n, D]."""
-    _, heads, parts, padded, dim = partial.shape
-    rows, query_heads, n, _ = out.shape
-    combine_parts[(query_heads * n, rows)](
-        partial, sums, out, parts, query_heads // heads, n, P=triton.next_power_of_2(parts), MP=padded, Q=dim // 4,
-        BLOCK=min(64, triton.next_power_of_2(parts)), num_warps=num_warps)
+def combine(partial: torch.Tensor, sums: torch.Tensor, sinks: torch.Tensor | None, starts: torch.Tensor | None,
+            out: torch.Tensor, strides: tuple[int, int, int], query_heads: int, n: int, num_warps: int
+            ) -> None:
+    """Launch combine_parts: partial [B, H, P, MP, D] and sums [B, H, P, 2, MP] into out, strides over row, head, token.
+
+    starts: with it, out is [tokens, Hq, D] and row b's tokens are starts[b] .. starts[b + 1] - 1.
+    """
+    rows, heads, parts, padded, dim = partial.shape
+    combine_parts[(query_heads, n, rows)](
+        partial, sums, sums if sinks is None else sinks, sums if starts is None else starts, out, *strides, parts,
+        query_heads // heads, n, PAGED=starts is not None, SINKS=sinks is not None, MP=padded, Q=dim // 4,
+        BLOCK=16384 // dim, num_warps=num_warps)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from kvarn.layout import StoreLayout
+from kvarn.paged_layout import PagedLayout
 
 HEAD_DIMS = (64, 128, 256)
 """Head dimensions the kernels take: a quarter of one is at least a matrix instruction's 16."""
@@ -23,41 +24,97 @@ def offsets(layout: StoreLayout) -> dict[str, int]:
             **{name.upper(): tail[name].offset for name in ("words", "k_scale", "v_scale")}}
 
 
-WAVE_TILES = 15
-"""Tiles a decode program should have before programs are made smaller for balance."""
+@lru_cache(maxsize=64)
+def raw_offsets(layout: PagedLayout) -> dict[str, int]:
+    """The same for a paged store of method "raw"."""
+    record, page = layout.record, layout.tail
+    return {"G": layout.spec.group, "K": record["k"].offset, "V": record["v"].offset, "K_PAGE": page["k"].offset,
+            "V_PAGE": page["v"].offset, "PAGE": layout.page, "SPARE": layout.spare}
+
+
+DECODE_ROWS = 64
+"""Query rows (heads of a group times tokens) a decode takes; more tokens of a row are a chunk."""
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How decode_tiles runs: parts a row's records are split into, tokens a step, and compiler options."""
+    """How decode_tiles runs.
+
+    Attributes:
+        splits: programs that share a KV head's tiles.
+        block: query rows of a program, 8 or 16.
+        step: tokens at a time.
+        num_warps, num_stages, maxnreg: compiler options.
+    """
 
     splits: int
+    block: int
     step: int
     num_warps: int
     num_stages: int
     maxnreg: int | None
 
 
-def decode(rows: int, heads: int, tiles: int, padded: int, layout: StoreLayout, processors: int) -> DecodeConfig:
-    """The decode configuration for `rows` x `heads` KV heads of up to `tiles` tiles, `padded` queries each.
+@lru_cache(maxsize=1024)
+def decode(rows: int, heads: int, tiles: int, queries: int, layout: StoreLayout, processors: int) -> DecodeConfig:
+    """The decode configuration for `rows` x `heads` KV heads of up to `tiles` tiles and `queries` query rows each.
 
-    Splits make one full wave of resident programs; two or four waves, which even out the end, where a program still has
-    WAVE_TILES tiles to itself (docs/kernels.md, "Configurations").
+    Codes leave the first operand's registers as the older matrix instructions have them: with four warps, sixteen query
+    rows would make Triton take others (a warp group's), where they would be wrong.
     """
-    warps = 4 if layout.head_dim == 256 or padded > 16 else 2
-    wave = processors * (8 // warps)
-    waves = next((w for w in (4, 2) if tiles * rows * heads >= WAVE_TILES * w * wave), 1)
-    return DecodeConfig(max(1, min(tiles, waves * wave // (rows * heads))), layout.spec.group, warps, 3, None)
+    warps, block = (4, 8) if layout.head_dim == 256 else (2, 8 if queries <= 8 else 16)
+    maxnreg = 168 if layout.head_dim == 64 and block == 8 else None
+    resident = processors * (65536 // ((maxnreg or 256) * 32 * warps))
+    splits = best_splits(rows * heads * -(-queries // block), tiles, resident)
+    step = layout.spec.group if block == 8 or layout.head_dim == 64 else 64
+    return DecodeConfig(splits, block, step, warps, 3, maxnreg)
 
 
-def close(head_dim: int) -> tuple[int, int | None]:
-    """Warps and register limit of the kernel that rounds a tile: those that spill nothing at head_dim 64 and 128.
+def best_splits(groups: int, tiles: int, resident: int) -> int:
+    """Programs among which to share each group's tiles when `resident` programs run at once.
 
-    A limit of 128 registers at head_dim 128 is faster in spite of spills (benchmarks/results/write.csv).
+    Waves times what a program takes, which is 3 tiles beside its own; a wave that is partly full takes less: 0.36 of
+    a full one's time and 0.64 of its share of it. The numbers fit what benchmarks/explore_decode.py measured.
     """
-    return {64: (4, None), 128: (8, None), 256: (16, None)}[head_dim]
+    def cost(splits: int) -> float:
+        full, part = divmod(groups * splits, resident)
+        return (tiles / splits + 3) * (full + (0.36 + 0.64 * part / resident if part else 0))
+
+    candidates = {max(1, min(tiles, waves * resident // groups)) for waves in (1, 2, 3, 4)}
+    return min(candidates, key=lambda splits: (cost(splits), splits))
+
+
+def fill(head_dim: int, group: int, capability: int) -> tuple[int, int | None]:
+    """Warps and register limit of the kernels that round whole tiles, of those that spill nothing up to head_dim 128
+    on sm_90.
+
+    There at most one warp for 16 tokens: a matrix product of more reads beyond its operand in shared memory. From
+    sm_100 on 16: with fewer, products go through tensor memory, and a compiler pass of Triton 3.7 for that fails.
+    """
+    return 16 if capability >= 100 else min({64: 4, 128: 4, 256: 8}[head_dim], group // 16), None
+
+
+def leave(head_dim: int, group: int, capability: int) -> int:
+    """Warps of the kernels that round tiles of which a part is packed or in the tail already; as in fill."""
+    return 16 if capability >= 100 else min({64: 4, 128: 8, 256: 8}[head_dim], group // 16)
+
+
+ROWS_PER_LOOK = 8
+"""The most rows whose open tiles one program looks after."""
+
+
+def rows_per_look(rows: int, heads: int, processors: int) -> int:
+    """Rows whose open tiles one program looks after when each gets a token: about as many programs as processors, as
+    few of them find a full tile; but not too many, whose tiles may all be full at once.
+    """
+    return min(ROWS_PER_LOOK, -(-rows * heads // processors))
 
 
 def unpack(head_dim: int) -> tuple[int, int]:
     """Tokens and warps of a program that unpacks."""
     return (64, 4) if head_dim < 256 else (32, 4)
+
+
+def unpack_paged(head_dim: int) -> tuple[int, int]:
+    """The same where every token has a page of its own to point to."""
+    return (64, 4) if head_dim < 128 else (32, 4)

@@ -7,14 +7,74 @@ import triton
 import triton.language as tl
 
 from kvarn.kernels.bits import exchanged
-from kvarn.kernels.quarters import finite4, load_rows, select
-from kvarn.kernels.record import decode_keys, decode_values, encode_keys, encode_values
-from kvarn.kernels.rotation import rotate, rotate_scaled
+from kvarn.kernels.configs import ROWS_PER_LOOK
+from kvarn.kernels.quarters import finite4, finite_row, load_rows, row_of, select
+from kvarn.kernels.record import (
+    decode_keys,
+    decode_values,
+    encode_keys,
+    encode_values,
+    find_exact,
+    write_exact_key,
+    write_exact_value,
+)
+from kvarn.kernels.rotation import rotate, rotate_one, rotate_scaled
 from kvarn.kernels.tail import read_tail_keys, read_tail_values, write_tail
 
 
+@triton.jit
+def round_rows(
+    rec,  # the tile's record, uint8, out
+    k, v,  # one head's [n, D] model dtype, plain frame
+    k_t, v_t, origin,  # the row of k and v where the tile begins
+    scale,  # [D] float32: the head's balance
+    G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, E: tl.constexpr, VW: tl.constexpr,
+    K_CODES: tl.constexpr, V_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr,
+    W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr,
+):
+    """Round a tile that is all new. Values first, then keys: only one of them is in registers. An exact token is taken
+    from memory again: to find its row among all that are in registers costs more.
+    """
+    tok, natural, channel = exchanged(tl.arange(0, G)), tl.arange(0, Q), exchanged(tl.arange(0, Q))
+    y, norm = finite4(rotate(load_rows(v, v_t, origin + tok, natural, tok >= 0, Q), natural, Q))
+    exact = find_exact(rec, norm, tok, G, E, EXACT_AT)
+    words = encode_values(rec, y, norm, exact, tok, G, Q, VB, V_CODES, SCALARS, W, M)
+    x, norm = finite4(rotate_scaled(load_rows(k, k_t, origin + tok, natural, tok >= 0, Q), scale, channel, Q))
+    encode_keys(rec, x, norm, words, exact, tok, Q, KB, K_CODES, CHANNEL, TOKEN)
+    tl.debug_barrier()  # exact_at is read back
+    for e in tl.static_range(E):
+        row = (origin + tl.load(rec + EXACT_AT + e).to(tl.int32)).to(tl.int64)
+        value, key = rotate_one(v + row * v_t, scale, False, Q), rotate_one(k + row * k_t, scale, True, Q)
+        write_exact_value(rec, e, finite_row(value), Q, VW, SCALARS, EXACT)
+        tl.debug_barrier()
+        write_exact_key(rec, e, finite_row(key), natural, Q, VW, SCALARS, EXACT)
+
+
 @triton.jit(do_not_specialize=["p_b", "n", "T"])
-def close_tiles(
+def fill_tiles(
+    k,  # [B, H, n, D] model dtype, plain frame
+    v,  # [B, H, n, D] model dtype, plain frame
+    positions,  # [B or 1, n] int64, consecutive
+    records,  # [B, H, T, RECORD] uint8, store frame, out
+    balance,  # [H, D] float32
+    k_b, k_h, k_t, v_b, v_h, v_t, p_b, n, T,
+    G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, E: tl.constexpr, VW: tl.constexpr,
+    RECORD: tl.constexpr, K_CODES: tl.constexpr, V_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr,
+    TOKEN: tl.constexpr, W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr,
+):
+    """Grid (tiles a chunk can complete, H, B): round the tiles that the chunk fills from end to end and goes beyond."""
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first = tl.load(positions + b * p_b)
+    last = first + n - 1
+    tile = (first + G - 1) // G + tl.program_id(0)
+    if (tile < last // G) & (first >= 0) & (last < T.to(tl.int64) * G):
+        rec = records + ((b * tl.num_programs(1) + h) * T + tile) * RECORD
+        round_rows(rec, k + b * k_b + h * k_h, v + b * v_b + h * v_h, k_t, v_t, tile * G - first, balance + h * 4 * Q,
+                   G, Q, KB, VB, E, VW, K_CODES, V_CODES, SCALARS, CHANNEL, TOKEN, W, M, EXACT, EXACT_AT)
+
+
+@triton.jit(do_not_specialize=["p_b", "n", "T", "rows", "per"])
+def leave_tiles(
     k,  # [B, H, n, D] model dtype, plain frame
     v,  # [B, H, n, D] model dtype, plain frame
     positions,  # [B or 1, n] int64, consecutive
@@ -23,85 +83,130 @@ def close_tiles(
     lengths,  # [B] int64
     before,  # [B] int64, out: lengths as this launch found them
     balance,  # [H, D] float32
-    k_b, k_h, k_t, v_b, v_h, v_t, p_b, n, T,
-    FULL: tl.constexpr, ONE: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
+    k_b, k_h, k_t, v_b, v_h, v_t, p_b, n, T, rows, per,
+    LOOK: tl.constexpr, ONE: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
     E: tl.constexpr, VW: tl.constexpr,
     RECORD: tl.constexpr, TAIL: tl.constexpr, K_CODES: tl.constexpr, V_CODES: tl.constexpr, SCALARS: tl.constexpr,
     CHANNEL: tl.constexpr, TOKEN: tl.constexpr, W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr,
     EXACT_AT: tl.constexpr, WORDS: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
 ):
-    """With FULL, grid (tiles a chunk can complete, H, B): round those tiles that the chunk fills from end to end.
-    Without, grid (2, H, B): program 0 rounds the open tile if the chunk lies elsewhere, program 1 the chunk's first
-    tile if it completes that but does not fill it. Nothing here writes the tail, so that every program reads it as it
-    was; but with ONE (n = 1, grid (1, H, B)) the only program of a tail reads the tile it opens into it.
+    """Grid (2, H, blocks of `per` <= LOOK rows): program 0 rounds the open tile if the chunk lies elsewhere, program 1
+    the chunk's first tile if it completes that but does not fill it. Nothing here writes the tail, so that every
+    program reads it as it was; but with ONE (n = 1, grid (1, H, blocks)) the only program of a tail reads the tile it
+    opens into it. Most writes leave no tile: a look at all rows at once finds that out.
     Formulas: kvarn/append.py (semantics), kvarn/closed.py (record).
     """
-    i, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    length = tl.load(lengths + b)
-    first = tl.load(positions + b * p_b)
+    i, h = tl.program_id(0), tl.program_id(1)
+    origin = tl.program_id(2) * per
+    row = origin + tl.arange(0, LOOK)
+    own_row = (row < origin + per) & (row < rows)
+    length = tl.load(lengths + row, mask=own_row, other=0)
+    first = tl.load(positions + row.to(tl.int64) * p_b, mask=own_row, other=-1)
+    if h + i == 0:
+        tl.store(before + row, length, mask=own_row)
     last = first + n - 1
     begin, end, opened = first // G, last // G, tl.maximum(length - 1, 0) // G
-    if FULL:
-        tile = begin + i
-        active = (tile < end) & (tile * G >= first)
-    else:
-        if h + i == 0:
-            tl.store(before + b, length)
-        tile = tl.where(i == 0, opened, begin)
-        elsewhere = (length > 0) & ((opened < begin) | (opened > end))
-        active = ((i == 0) & elsewhere) | ((i > 0) & (begin < end) & (begin * G < first))
-    head = b * tl.num_programs(1) + h
     inside = (first >= 0) & (last < T.to(tl.int64) * G)
-    if active & inside:
-        rec, own = records + (head * T + tile) * RECORD, tail + head * TAIL
-        tok, natural, channel = exchanged(tl.arange(0, G)), tl.arange(0, Q), exchanged(tl.arange(0, Q))
-        row = tile * G + tok - first
-        fresh = (row >= 0) & (row < n) & (FULL | (i > 0))
-        y = rotate(load_rows(v + b * v_b + h * v_h, v_t, row, natural, fresh, Q), natural, Q)
-        if not FULL:
-            x = rotate_scaled(load_rows(k + b * k_b + h * k_h, k_t, row, natural, fresh, Q), balance + h * 4 * Q,
-                              channel, Q)
-            if tile == opened:
-                y = select(fresh, y, read_tail_values(own, tok, ~fresh, Q, VW, WORDS, V_SCALE))
-                x = select(fresh, x, read_tail_keys(own, tok, channel, ~fresh, Q, VW, WORDS, K_SCALE))
-            else:
-                y = select(fresh, y, decode_values(rec, tok, natural, ~fresh, G, Q, VB, E, VW, V_CODES, SCALARS, TOKEN,
-                                                   W, M, EXACT, EXACT_AT))
-                x = select(fresh, x, decode_keys(rec, tok, channel, ~fresh, Q, KB, E, VW, K_CODES, SCALARS, CHANNEL,
-                                                 TOKEN, EXACT, EXACT_AT))
-            tl.debug_barrier()  # a reopened record is read whole before any of it is written
-        scales, exact = encode_values(rec, finite4(y), tok, G, Q, VB, E, VW, V_CODES, SCALARS, W, M, EXACT, EXACT_AT)
-        tl.debug_barrier()  # encode_keys reads the exact tokens' values back
-        if FULL:
-            x = rotate_scaled(load_rows(k + b * k_b + h * k_h, k_t, row, natural, fresh, Q), balance + h * 4 * Q,
-                              channel, Q)
-        encode_keys(rec, finite4(x), scales, exact, tok, Q, KB, E, VW, K_CODES, SCALARS, CHANNEL, TOKEN, EXACT,
-                    EXACT_AT)
-    if ONE:  # noqa: SIM102  (a constexpr and a run-time condition)
-        if (opened != end) & inside:
-            tl.debug_barrier()  # the tail has been read
-            opening, into = records + (head * T + end) * RECORD, tail + head * TAIL
-            for block in range(0, G // 16):
-                slot, columns = block * 16 + tl.arange(0, 16), tl.arange(0, Q)
-                every = slot >= 0
-                kept_k = decode_keys(opening, slot, columns, every, Q, KB, E, VW, K_CODES, SCALARS, CHANNEL, TOKEN,
-                                     EXACT, EXACT_AT)
-                kept_v = decode_values(opening, slot, columns, every, G, Q, VB, E, VW, V_CODES, SCALARS, TOKEN, W, M,
-                                       EXACT, EXACT_AT)
-                write_tail(into, kept_k, kept_v, slot, every, Q, VW, WORDS, K_SCALE, V_SCALE)
+    leaves = (length > 0) & ((opened < begin) | (opened > end))
+    if ONE:
+        leaves = (opened != end) & inside
+    else:
+        leaves = inside & ((leaves & (i == 0)) | ((i > 0) & (begin < end) & (begin * G < first)))
+    if tl.max(leaves.to(tl.int32), axis=0) > 0:
+        for at in range(0, per):
+            b = (origin + at).to(tl.int64)
+            if tl.max((leaves & (row == b)).to(tl.int32), axis=0) > 0:
+                head, start = b * tl.num_programs(1) + h, tl.load(positions + b * p_b)
+                opened_at, own = tl.maximum(tl.load(lengths + b) - 1, 0) // G, tail + head * TAIL
+                if (i > 0) | (tl.load(lengths + b) > 0):
+                    tile = tl.where(i == 0, opened_at, start // G)
+                    rec = records + (head * T + tile) * RECORD
+                    leave_tile(k + b * k_b + h * k_h, v + b * v_b + h * v_h, start, rec, own, tile, tile == opened_at,
+                               i > 0, balance + h * 4 * Q, k_t, v_t, n, G, Q, KB, VB, E, VW, K_CODES, V_CODES, SCALARS,
+                               CHANNEL, TOKEN, W, M, EXACT, EXACT_AT, WORDS, K_SCALE, V_SCALE)
+                if ONE:
+                    tl.debug_barrier()  # the tail has been read
+                    open_record(records + (head * T + start // G) * RECORD, own, G, Q, KB, VB, E, VW, K_CODES, V_CODES,
+                                SCALARS, CHANNEL, TOKEN, W, M, EXACT, EXACT_AT, WORDS, K_SCALE, V_SCALE)
+
+
+@triton.jit
+def leave_tile(
+    k, v, first, rec, own, tile, held, has_new, scale, k_t, v_t, n,
+    G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, E: tl.constexpr, VW: tl.constexpr,
+    K_CODES: tl.constexpr, V_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr,
+    W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr, WORDS: tl.constexpr,
+    K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
+):
+    """Round one head's tile: its tokens from `first` on from k, v [n, D] if it has new ones, the others from the tail
+    `own` if the tail holds it, else from its record `rec`.
+    """
+    tok, natural, channel = exchanged(tl.arange(0, G)), tl.arange(0, Q), exchanged(tl.arange(0, Q))
+    row = tile * G + tok - first
+    fresh = (row >= 0) & (row < n) & has_new
+    y = rotate(load_rows(v, v_t, row, natural, fresh, Q), natural, Q)
+    x = rotate_scaled(load_rows(k, k_t, row, natural, fresh, Q), scale, channel, Q)
+    if held:
+        y = select(fresh, y, read_tail_values(own, tok, ~fresh, Q, VW, WORDS, V_SCALE))
+        x = select(fresh, x, read_tail_keys(own, tok, channel, ~fresh, Q, VW, WORDS, K_SCALE))
+    else:
+        y = select(fresh, y, decode_values(rec, tok, natural, ~fresh, G, Q, VB, E, VW, V_CODES, SCALARS, TOKEN, W, M,
+                                           EXACT, EXACT_AT))
+        x = select(fresh, x, decode_keys(rec, tok, channel, ~fresh, Q, KB, E, VW, K_CODES, SCALARS, CHANNEL, TOKEN,
+                                         EXACT, EXACT_AT))
+    round_tile(rec, x, y, tok, G, Q, KB, VB, E, VW, K_CODES, V_CODES, SCALARS, CHANNEL, TOKEN, W, M, EXACT, EXACT_AT)
+
+
+@triton.jit
+def round_tile(
+    rec, x, y, tok, G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, E: tl.constexpr,
+    VW: tl.constexpr, K_CODES: tl.constexpr, V_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr,
+    TOKEN: tl.constexpr, W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr,
+):
+    """Write the record of keys x (channels exchanged) and values y, four quarters [G, Q] each in the store frame."""
+    tl.debug_barrier()  # what x and y were read from, this record perhaps, is read whole before it is written
+    y, v_norm = finite4(y)
+    x, k_norm = finite4(x)
+    exact = find_exact(rec, v_norm, tok, G, E, EXACT_AT)
+    tl.debug_barrier()  # exact_at is read back
+    for e in tl.static_range(E):
+        hit = tok == tl.load(rec + EXACT_AT + e).to(tl.int32)
+        write_exact_value(rec, e, row_of(y, hit), Q, VW, SCALARS, EXACT)
+        tl.debug_barrier()
+        write_exact_key(rec, e, row_of(x, hit), exchanged(tl.arange(0, Q)), Q, VW, SCALARS, EXACT)
+    words = encode_values(rec, y, v_norm, exact, tok, G, Q, VB, V_CODES, SCALARS, W, M)
+    encode_keys(rec, x, k_norm, words, exact, tok, Q, KB, K_CODES, CHANNEL, TOKEN)
+
+
+@triton.jit
+def open_record(
+    rec, own, G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, E: tl.constexpr, VW: tl.constexpr,
+    K_CODES: tl.constexpr, V_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr,
+    W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr, WORDS: tl.constexpr,
+    K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
+):
+    """The tokens of a record into the tail `own`."""
+    for block in range(0, G // 16):
+        slot, natural = block * 16 + tl.arange(0, 16), tl.arange(0, Q)
+        every = slot >= 0
+        k = decode_keys(rec, slot, natural, every, Q, KB, E, VW, K_CODES, SCALARS, CHANNEL, TOKEN, EXACT, EXACT_AT)
+        v = decode_values(rec, slot, natural, every, G, Q, VB, E, VW, V_CODES, SCALARS, TOKEN, W, M, EXACT, EXACT_AT)
+        write_tail(own, k, v, slot, every, Q, VW, WORDS, K_SCALE, V_SCALE)
 
 
 def close(k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, records: torch.Tensor, tail: torch.Tensor,
-          lengths: torch.Tensor, before: torch.Tensor, balance: torch.Tensor, num_warps: int, maxnreg: int | None,
-          **offsets: int) -> None:
-    """Launch close_tiles for k, v [B, H, n, D] at positions [B or 1, n], twice if that can fill a tile; `offsets` are
-    configs.offsets.
+          lengths: torch.Tensor, before: torch.Tensor, balance: torch.Tensor, per: int, leave_warps: int,
+          fill_warps: int, maxnreg: int | None, **offsets: int) -> None:
+    """Launch leave_tiles for k, v [B, H, n, D] at positions [B or 1, n], `per` rows a program, and fill_tiles if n can
+    fill a tile; `offsets` are configs.offsets.
     """
     rows, heads, n, _ = k.shape
     p_b = positions.stride(0) if positions.shape[0] > 1 else 0
-    arguments = (k, v, positions, records, tail, lengths, before, balance, *k.stride()[:3], *v.stride()[:3], p_b, n,
-                 records.shape[2])
-    close_tiles[(1 if n == 1 else 2, heads, rows)](*arguments, FULL=False, ONE=n == 1, **offsets, num_warps=num_warps)
+    where = (*k.stride()[:3], *v.stride()[:3], p_b, n, records.shape[2])
+    leave_tiles[(1 if n == 1 else 2, heads, triton.cdiv(rows, per))](
+        k, v, positions, records, tail, lengths, before, balance, *where, rows, per,
+        LOOK=ROWS_PER_LOOK, ONE=n == 1, **offsets, num_warps=leave_warps)
     if n >= offsets["G"]:
-        close_tiles[(n // offsets["G"], heads, rows)](*arguments, FULL=True, ONE=False, **offsets, num_warps=num_warps,
-                                                         maxnreg=maxnreg)
+        record_only = {name: x for name, x in offsets.items() if name not in ("TAIL", "WORDS", "K_SCALE", "V_SCALE")}
+        fill_tiles[(n // offsets["G"], heads, rows)](k, v, positions, records, balance, *where, **record_only,
+                                                     num_warps=fill_warps, maxnreg=maxnreg)

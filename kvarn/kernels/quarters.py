@@ -31,11 +31,18 @@ def select(mask, x, y):
 
 @triton.jit
 def finite4(x):
-    """finite() of four quarters; a look at the rows' lengths tells whether there is anything to do."""
-    short = square_sum(x) < 65504.0 * 65504.0
-    if tl.min(short.to(tl.int32), axis=0) == 0:
+    """finite() of four quarters, and their rows' squared lengths, which tell whether there is anything to do."""
+    length = square_sum(x)
+    if tl.min((length < 65504.0 * 65504.0).to(tl.int32), axis=0) == 0:
         x = finite(x[0]), finite(x[1]), finite(x[2]), finite(x[3])
-    return x
+        length = square_sum(x)
+    return x, length
+
+
+@triton.jit
+def finite_row(x):
+    """finite() of four quarters of one row, [Q] each."""
+    return finite(x[0]), finite(x[1]), finite(x[2]), finite(x[3])
 
 
 @triton.jit
@@ -43,7 +50,12 @@ def load_rows(x, stride_t, row, channel, mask, Q: tl.constexpr):
     """Rows of a [n, D] matrix, each quarter's channels in the order `channel`: four quarters [R, Q] in its own type;
     zeros where not `mask` [R].
     """
-    at = x + row.to(tl.int64)[:, None] * stride_t + channel[None, :]
-    mask = mask[:, None]
+    return load_at(x + row.to(tl.int64) * stride_t, channel, mask, Q)
+
+
+@triton.jit
+def load_at(rows, channel, mask, Q: tl.constexpr):
+    """As load_rows, of rows [R] that lie anywhere: pointers to their first entries."""
+    at, mask = rows[:, None] + channel[None, :], mask[:, None]
     return (tl.load(at, mask=mask, other=0), tl.load(at + Q, mask=mask, other=0),
             tl.load(at + 2 * Q, mask=mask, other=0), tl.load(at + 3 * Q, mask=mask, other=0))

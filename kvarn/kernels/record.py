@@ -10,16 +10,16 @@ import triton
 import triton.language as tl
 
 from kvarn.kernels.bits import (
+    at_nearest,
     exchanged,
     from_e4m3,
     half_bits,
     half_pair,
     half_upward,
-    nearest,
-    round_even,
+    number_at,
     to_e4m3,
 )
-from kvarn.kernels.quarters import row_of, square_sum
+from kvarn.kernels.quarters import square_sum
 from kvarn.kernels.tail import word_code, word_key, word_scale, word_value
 
 _STEP2 = tl.constexpr(0.9957)
@@ -28,32 +28,50 @@ _STEP4 = tl.constexpr(0.3352)
 
 
 @triton.jit
-def encode_values(rec, v, tok, G: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr, E: tl.constexpr, VW: tl.constexpr,
-                  V_CODES: tl.constexpr, SCALARS: tl.constexpr, W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr,
-                  EXACT_AT: tl.constexpr):
-    """Write a tile's v_codes, units, m, exact_at and the value part of `exact`: v four quarters [G, Q], finite; row r
-    is token tok[r].
+def find_exact(rec, norm, tok, G: tl.constexpr, E: tl.constexpr, EXACT_AT: tl.constexpr):
+    """Choose a tile's exact tokens by their values' squared lengths `norm` [G]; write exact_at; which rows they are.
 
-    Returns the upper half of the token words [G] int32, and which rows are exact tokens [G].
+    Row r is token tok[r]. Of equals the first; the next round sees the one found as infinite.
+    """
+    exact, left = tok < 0, norm
+    for e in tl.static_range(E):
+        token = tl.min(tl.where(left == tl.min(left, axis=0), tok, G), axis=0)
+        exact = exact | (tok == token)
+        left = tl.where(tok == token, float("inf"), left)
+        tl.store(rec + EXACT_AT + e, token.to(tl.uint8))
+    return exact
+
+
+@triton.jit
+def write_exact_value(rec, e, v, Q: tl.constexpr, VW: tl.constexpr, SCALARS: tl.constexpr, EXACT: tl.constexpr):
+    """The value of the e-th exact token, four quarters [Q]; its key comes after a barrier."""
+    scale = word_scale(v, VW)
+    tl.store((rec + SCALARS).to(tl.pointer_type(tl.float32)) + 3 + 2 * e, scale)
+    for i in tl.static_range(4):
+        word = (rec + EXACT).to(tl.pointer_type(tl.int16)) + (e * 4 + i) * Q + tl.arange(0, Q)
+        tl.store(word, (word_code(v[i], scale, VW) & (2**VW - 1)).to(tl.int16))
+
+
+@triton.jit
+def write_exact_key(rec, e, k, channel, Q: tl.constexpr, VW: tl.constexpr, SCALARS: tl.constexpr, EXACT: tl.constexpr):
+    """Its key, four quarters [Q] with channels in the order `channel`."""
+    scale = word_scale(k, 16 - VW)
+    tl.store((rec + SCALARS).to(tl.pointer_type(tl.float32)) + 2 + 2 * e, scale)
+    for i in tl.static_range(4):
+        word = (rec + EXACT).to(tl.pointer_type(tl.int16)) + (e * 4 + i) * Q + channel
+        tl.store(word, ((word_code(k[i], scale, 16 - VW) << VW) | tl.load(word).to(tl.int32)).to(tl.int16))
+
+
+@triton.jit
+def encode_values(rec, v, norm, exact, tok, G: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr, V_CODES: tl.constexpr,
+                  SCALARS: tl.constexpr, W: tl.constexpr, M: tl.constexpr):
+    """Write a tile's v_codes, units and m: v four quarters [G, Q], finite, of squared lengths `norm` [G]; row r is
+    token tok[r], and an exact one where `exact`.
+
+    Returns the upper half of the token words [G] int32.
     """
     half: tl.constexpr = (2**BITS - 1) / 2
     at = tl.arange(0, Q)
-    norm = square_sum(v)
-    exact = tok < 0
-    left = norm
-    for e in tl.static_range(E):
-        # The token of smallest norm, the first of equals; the next round sees it as infinite.
-        token = tl.min(tl.where(left == tl.min(left, axis=0), tok, G), axis=0)
-        hit = tok == token
-        left = tl.where(hit, float("inf"), left)
-        exact = exact | hit
-        tl.store(rec + EXACT_AT + e, token.to(tl.uint8))
-        row = row_of(v, hit)
-        scale = word_scale(row, VW)
-        tl.store((rec + SCALARS).to(tl.pointer_type(tl.float32)) + 3 + 2 * e, scale)
-        for i in tl.static_range(4):
-            code = word_code(row[i], scale, VW) & (2**VW - 1)
-            tl.store((rec + EXACT).to(tl.pointer_type(tl.int16)) + (e * 4 + i) * Q + at, code.to(tl.int16))
     m = mean_direction(v, norm, G)
     for i in tl.static_range(4):
         tl.store(rec + M + i * Q + at, to_e4m3(m[i]).to(tl.uint8))
@@ -65,46 +83,38 @@ def encode_values(rec, v, tok, G: tl.constexpr, Q: tl.constexpr, BITS: tl.conste
     w = from_e4m3(w_bits) * w_unit
     # Z is made twice rather than kept: registers are what lacks here.
     length = square_sum(residual(v, w, m))
-    inverse = 1.0 / tl.maximum(value_step(v, w, m, length, Q, BITS), 1e-30)[:, None]
+    inverse = ((0.5 / half) / tl.maximum(value_step(v, w, m, length, Q, BITS), 1e-30))[:, None]
     product = tl.zeros_like(v[0])
     out, packed = rec + V_CODES + at[None, :] * G + tl.arange(0, G)[:, None], ()
     for i in tl.static_range(4):
         z = v[i] - w[:, None] * m[i][None, :]
-        # floor(x) + half + 1/2 is x + half rounded, ties aside.
-        code = round_even(tl.minimum(tl.maximum(z * inverse + half, 0.0), 2.0 * half))
-        product += z * (code - half)
-        packed = store_plane(out, packed, nearest(code), i, Q * G, BITS)
+        # floor(x) + half + 1/2 is x + half rounded, ties aside. A clamp to 0..1 is part of a multiply-add.
+        code = at_nearest(tl.minimum(tl.maximum(z * inverse + 0.5, 0.0), 1.0) * (2.0 * half))
+        product += z * (number_at(code) - half)
+        packed = store_plane(out, packed, code.to(tl.int32, bitcast=True), i, Q * G, BITS)
     product = tl.sum(product, axis=1)
     vt, vt_unit = over_unit(tl.where(exact, 0.0, tl.div_rn(length, tl.maximum(product, 1e-30))))
     tl.store((rec + SCALARS).to(tl.pointer_type(tl.float32)), vt_unit)
     tl.store((rec + SCALARS).to(tl.pointer_type(tl.float32)) + 1, w_unit)
     if BITS > 2:
         tl.store(rec + W + tok, w_bits.to(tl.uint8))
-        return half_bits(vt) << 16, exact
+        return half_bits(vt) << 16
     else:
-        return (to_e4m3(vt) << 16) | (w_bits << 24), exact
+        return (to_e4m3(vt) << 16) | (w_bits << 24)
 
 
 @triton.jit
-def encode_keys(rec, k, scales, exact, tok, Q: tl.constexpr, BITS: tl.constexpr, E: tl.constexpr, VW: tl.constexpr,
-                K_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr,
-                EXACT: tl.constexpr, EXACT_AT: tl.constexpr):
-    """Write the rest of a record after encode_values, which gave `scales` and `exact` [G]: k four quarters [G, Q],
-    finite, channels exchanged; row r is token tok[r]. A barrier lies between the two.
+def encode_keys(rec, k, norm, words, exact, tok, Q: tl.constexpr, BITS: tl.constexpr, K_CODES: tl.constexpr,
+                CHANNEL: tl.constexpr, TOKEN: tl.constexpr):
+    """Write a tile's k_codes, channel and token words, of which encode_values gave the upper halves `words` [G]: k four
+    quarters [G, Q], finite, channels exchanged, of squared lengths `norm` [G]; row r is token tok[r].
     """
     top: tl.constexpr = 2**BITS - 1
-    kt_bits = half_bits(tl.minimum(tl.sqrt_rn(square_sum(k) / (4 * Q)), 65504.0))
+    kt_bits = half_bits(tl.minimum(tl.sqrt_rn(norm / (4 * Q)), 65504.0))
     kt = half_pair(kt_bits)[0].to(tl.float32)
     inverse = tl.div_rn(1.0, tl.where(kt > 0, kt, 1.0))[:, None]
     at = tl.arange(0, Q)
     channel = exchanged(at)
-    for e in tl.static_range(E):
-        row = row_of(k, tok == tl.load(rec + EXACT_AT + e).to(tl.int32))
-        scale = word_scale(row, 16 - VW)
-        tl.store((rec + SCALARS).to(tl.pointer_type(tl.float32)) + 2 + 2 * e, scale)
-        for i in tl.static_range(4):
-            word = (rec + EXACT).to(tl.pointer_type(tl.int16)) + (e * 4 + i) * Q + channel
-            tl.store(word, ((word_code(row[i], scale, 16 - VW) << VW) | tl.load(word).to(tl.int32)).to(tl.int16))
     out, packed = rec + K_CODES + tok[:, None] * (Q * BITS // 2) + at[None, :], ()
     for i in tl.static_range(4):
         u = k[i] * inverse
@@ -114,11 +124,13 @@ def encode_keys(rec, k, scales, exact, tok, Q: tl.constexpr, BITS: tl.constexpr,
         ks = half_upward(tl.maximum(high - low, 0.0) / top)
         word = (ks.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (half_bits(low) << 16)
         tl.store((rec + CHANNEL).to(tl.pointer_type(tl.int32)) + i * Q + channel, word)
-        step = 1.0 / tl.maximum(ks.to(tl.float32), 1e-30)
-        code = nearest(tl.minimum(tl.maximum((u - low[None, :]) * step[None, :], 0.0), 1.0 * top))
-        packed = store_plane(out, packed, code, i, Q, BITS)
+        step = tl.rsqrt(tl.maximum(ks.to(tl.float32), 1e-30))
+        step *= step * (1.0 / top)  # a division has three times the instructions, and every thread does them all
+        code = tl.minimum(tl.maximum(u * step[None, :] - (low * step)[None, :], 0.0), 1.0)
+        code = at_nearest(code * top)
+        packed = store_plane(out, packed, code.to(tl.int32, bitcast=True), i, Q, BITS)
     kt_bits = tl.where(exact, 0x8000, kt_bits)
-    tl.store((rec + TOKEN).to(tl.pointer_type(tl.int32)) + tok, kt_bits | scales)
+    tl.store((rec + TOKEN).to(tl.pointer_type(tl.int32)) + tok, kt_bits | words)
 
 
 @triton.jit
@@ -166,8 +178,8 @@ def value_step(v, w, m, length, Q: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def store_plane(out, packed, code, i: tl.constexpr, QUARTER: tl.constexpr, BITS: tl.constexpr):
-    """Add the i-th quarter's int32 codes to the bytes packed so far; store bytes as soon as they are full. `out` points
-    at the first quarter's bytes, QUARTER from the next. Returns what is still to be stored.
+    """Add the i-th quarter's codes, the low bytes of int32, to the bytes packed so far; store bytes as soon as they are
+    full. `out` points at the first quarter's bytes, QUARTER from the next. Returns what is still to be stored.
     """
     if BITS == 8:
         tl.store(out + i * QUARTER, code.to(tl.uint8))

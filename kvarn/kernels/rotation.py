@@ -20,8 +20,15 @@ def signs(rows, columns):
 def butterfly(a, Q: tl.constexpr):
     """H_4 over four quarters, scaled by D^-1/2 = (4 Q)^-1/2."""
     s: tl.constexpr = (4 * Q) ** -0.5
+    b = unscaled_butterfly(a)
+    return b[0] * s, b[1] * s, b[2] * s, b[3] * s
+
+
+@triton.jit
+def unscaled_butterfly(a):
+    """Signs of H_4 over four quarters."""
     b0, b1, b2, b3 = a[0] + a[1], a[0] - a[1], a[2] + a[3], a[2] - a[3]
-    return (b0 + b2) * s, (b1 + b3) * s, (b0 - b2) * s, (b1 - b3) * s
+    return b0 + b2, b1 + b3, b0 - b2, b1 - b3
 
 
 @triton.jit
@@ -34,12 +41,26 @@ def rotate(x, columns, Q: tl.constexpr):
 @triton.jit
 def rotate_scaled(x, scale, columns, Q: tl.constexpr):
     """As rotate, channels first multiplied by the vector [D] float32 at `scale`."""
-    h, at = signs(tl.arange(0, Q), columns), tl.arange(0, Q)
+    h, at = signs(tl.arange(0, Q), columns) * (4 * Q) ** -0.5, tl.arange(0, Q)
     a0 = times(x[0], h * tl.load(scale + at)[:, None], 2)
     a1 = times(x[1], h * tl.load(scale + Q + at)[:, None], 2)
     a2 = times(x[2], h * tl.load(scale + 2 * Q + at)[:, None], 2)
     a3 = times(x[3], h * tl.load(scale + 3 * Q + at)[:, None], 2)
-    return butterfly((a0, a1, a2, a3), Q)
+    return unscaled_butterfly((a0, a1, a2, a3))
+
+
+@triton.jit
+def rotate_one(x, scale, SCALED: tl.constexpr, Q: tl.constexpr):
+    """One row [D] of any float type at `x`, with SCALED times the vector [D] float32 at `scale`, times H: four quarters
+    [Q] float32.
+    """
+    h, at, a = signs(tl.arange(0, Q), tl.arange(0, Q)), tl.arange(0, Q), ()
+    for i in tl.static_range(4):
+        part = tl.load(x + i * Q + at).to(tl.float32)
+        if SCALED:
+            part *= tl.load(scale + i * Q + at)
+        a = a + (tl.sum(part[:, None] * h, axis=0),)
+    return butterfly(a, Q)
 
 
 @triton.jit

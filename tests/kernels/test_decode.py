@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from stores import DEVICE, error, expected, read, tokens, twins, write
+from stores import DEVICE, error, expected, read, tokens, twins
 
-from kvarn.cuda import append_cuda
+from kvarn.append import append_cpu
 from kvarn.spec import QuantSpec
 
 CAPACITY = 300
@@ -13,17 +13,18 @@ POSITION = torch.arange(CAPACITY)
 
 
 def filled(spec, dim, dtype, lengths, heads=2, capacity=CAPACITY):
-    """A store whose rows hold lengths[b] tokens, of which the last was written alone."""
-    _, gpu = twins(spec, len(lengths), heads, capacity, dim, dtype)
+    """A store whose rows hold lengths[b] tokens, of which the last was written alone, by the CPU implementation."""
+    cpu, gpu = twins(spec, len(lengths), heads, capacity, dim, dtype)
     at = torch.tensor(lengths)[:, None]
     for row, length in enumerate(lengths):
         if length > 1:
             k, v = tokens(1, heads, length - 1, dim, dtype, row)
-            part = [t[row : row + 1] for t in gpu.tensors()[:3]]
-            append_cuda(k.to(DEVICE), v.to(DEVICE), torch.arange(length - 1, device=DEVICE), *part, gpu.balance,
-                        gpu.capacity, gpu.spec.key)
+            part = [t[row : row + 1] for t in cpu.tensors()[:3]]
+            append_cpu(k, v, torch.arange(length - 1), *part, cpu.balance, cpu.capacity, cpu.spec.key)
     k, v = tokens(len(lengths), heads, 1, dim, dtype, 99)
-    write(None, gpu, k, v, at - 1)
+    append_cpu(k, v, at - 1, *cpu.tensors(), cpu.capacity, cpu.spec.key)
+    for mine, its in zip(gpu.tensors(), cpu.tensors(), strict=True):
+        mine.copy_(its)
     return gpu, k, v, at - 1
 
 

@@ -1,0 +1,104 @@
+"""Pieces of decode_tiles (decode.py), inside kernels: softmax bookkeeping, tokens held as words, the open tile.
+
+Scores are in log2 units. Accumulators are PV planes [DV, MP] float32, in units of CODE_UNIT * 2^(i VB) for plane i.
+"""
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false  (Triton's jit is untyped)
+
+import triton
+import triton.language as tl
+
+from kvarn.kernels.bits import CODE_UNIT
+from kvarn.kernels.sight import soften
+
+
+@triton.jit
+def advance(peak, s):
+    """A softmax's peak [MP] moved on by scores s [R, MP]: the new one, it without infinity, the factor for old sums."""
+    new = tl.maximum(peak, tl.max(s, axis=0))
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    return new, safe, tl.exp2(peak - safe)
+
+
+@triton.jit
+def tile_at(index, skip):
+    """The index-th tile of a range that leaves out tile `skip`."""
+    return index + (index >= skip).to(tl.int32)
+
+
+@triton.jit
+def _add_two(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def sum_two(x, y, TOGETHER: tl.constexpr):
+    """Sums over axis 0 of x and y; together they cost one exchange between warps."""
+    if TOGETHER:
+        return tl.reduce((x, y), 0, _add_two)
+    else:
+        return tl.sum(x, axis=0), tl.sum(y, axis=0)
+
+
+@triton.constexpr_function
+def _take_field(shift: int, bits: int) -> str:
+    mask, center = (2**bits - 1) * 0x10001, (0x6400 + 2 ** (bits - 1)) * 0x10001
+    return (f"{{ .reg .b32 h, c; shr.u32 h, $1, {shift}; mov.b32 c, {center}; lop3.b32 h, h, {mask}, c, 0x6a; "
+            f"sub.rn.f16x2 $0, h, c; }}")
+
+
+@triton.jit
+def word_field(word, SHIFT: tl.constexpr, FIELD: tl.constexpr, ASM: tl.constexpr):
+    """The two's complement `FIELD` bits of int16 words from bit SHIFT on, as float16.
+
+    With its highest bit turned and 0x6400 around it, a field of up to 10 bits is a float16: 1024 + 2^(bits - 1) more
+    than it says. The inline assembly takes that from two words at once.
+    """
+    if ASM:
+        return tl.inline_asm_elementwise(_take_field(SHIFT, FIELD), "=r,r", [word], dtype=tl.float16, is_pure=True,
+                                         pack=2)
+    else:
+        return ((word.to(tl.int32) << (32 - SHIFT - FIELD)) >> (32 - FIELD)).to(tl.float16)
+
+
+@triton.jit
+def word_scores(words, mask, qs, DK: tl.constexpr, KB: tl.constexpr, VW: tl.constexpr, ASM: tl.constexpr):
+    """Keys of tokens at int16 pointers words [R], without their scale, times the query planes: [R, MP]."""
+    dk = tl.arange(0, DK)
+    s = tl.zeros([words.shape[0], qs[0].shape[1]], tl.float32)
+    for i in tl.static_range(len(qs) - 1, -1, -1):  # each plane of qs is 2^KB less than the one before
+        key = tl.load(words[:, None] + i * DK + dk[None, :], mask=mask[:, None], other=0)
+        s = tl.dot(word_field(key, VW, 16 - VW, ASM), qs[i], s * 2.0**KB)
+    return s * 2.0 ** (KB - 8)
+
+
+@triton.jit
+def word_values(words, mask, p, acc, DV: tl.constexpr, VW: tl.constexpr, ASM: tl.constexpr):
+    """Values of tokens at words [R], without their scale, times p [R, MP] float16, onto the planes acc."""
+    dv = tl.arange(0, DV)
+    new = ()
+    for i in tl.static_range(len(acc)):
+        value = tl.load(words[None, :] + (i * DV + dv)[:, None], mask=mask[None, :], other=0)
+        new = new + (tl.dot(word_field(value, 0, VW, ASM), p, acc[i]),)
+    return new
+
+
+@triton.jit
+def attend_open(home, slot, known, qs, shift, cap, acc, SOFTCAP: tl.constexpr, ASM: tl.constexpr, D: tl.constexpr,
+                DK: tl.constexpr, DV: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, VW: tl.constexpr,
+                WORDS: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr):
+    """Attention over open tokens `slot` [R] of tails or pages at `home` (one, or [R]): peak, total [MP], planes.
+
+    acc: zeros. What lies in the slots that are not `known` is never looked at.
+    """
+    words = (home + WORDS).to(tl.pointer_type(tl.int16)) + slot * D
+    kt = tl.load((home + K_SCALE).to(tl.pointer_type(tl.float16)) + slot, mask=known, other=0.0).to(tl.float32)
+    vt = tl.load((home + V_SCALE).to(tl.pointer_type(tl.float16)) + slot, mask=known, other=0.0).to(tl.float32)
+    s = soften(word_scores(words, known, qs, DK, KB, VW, ASM) * kt[:, None], cap, SOFTCAP) + shift
+    peak = tl.max(s, axis=0)
+    p = tl.exp2(s - tl.where(peak == float("-inf"), 0.0, peak)[None, :])
+    planes = word_values(words, known, (p * vt[:, None]).to(tl.float16), acc, DV, VW, ASM)
+    new = ()
+    for i in tl.static_range(len(acc)):
+        new = new + (planes[i] * (CODE_UNIT * 2.0 ** (i * VB)),)
+    return peak, tl.sum(p, axis=0), new
