@@ -109,11 +109,15 @@ def _bound(key: Tensor, value: Tensor, pair: StorePair) -> PackedCache | None:
 
 @torch.no_grad()
 def _pack(key: Tensor, value: Tensor, pair: StorePair, balance: Tensor | None) -> PackedCache:
+    filled = storage.has_memory(key) or storage.has_memory(value)
+    if filled:
+        for tensor in (key, value):
+            storage.materialize(tensor)
     k, v = key.permute(pair.axes.order), value.permute(pair.axes.order)
     rows, heads, capacity, dim = k.shape
     with torch.inference_mode(False):  # the store outlives the caller's mode, and a graph may write it in another
         store = PackedCache.empty(pair.spec, rows, heads, capacity, dim, key.dtype, key.device, balance)
-        if storage.has_memory(key) and storage.has_memory(value):
+        if filled:
             store.load(k, v)
     log.debug("packed %s: %d -> %d bytes", pair.module_path, key.nbytes + value.nbytes, store.nbytes)
     binding = Binding(store, pair.axes, key, value)
@@ -124,7 +128,7 @@ def _pack(key: Tensor, value: Tensor, pair: StorePair, balance: Tensor | None) -
 
 
 def restore_plain(tensors: Iterable[Tensor]) -> None:
-    """Makes those of `tensors` plain again whose content is in a store, with a warning: the caller reads them plain.
+    """Makes `tensors` plain, those whose content is in a store with a warning: the caller reads or writes them plain.
 
     Raises:
         OwnershipError: for a view taken of a packed tensor: it has the memory that was given back.
@@ -133,7 +137,10 @@ def restore_plain(tensors: Iterable[Tensor]) -> None:
         if tensor._base is not None and binding_of(tensor._base) is not None:
             raise OwnershipError(f"a view {tuple(tensor.shape)} of a packed KV cache is read: call "
                                  "kvarn_compile.release(cache) before taking views of it")
-        _give_up(tensor, "a graph reads or writes it in plain form (kvarn_compile.explain says why)")
+        why = "a graph reads or writes it in plain form (kvarn_compile.explain says why)"
+        _give_up(tensor, why)
+        if storage.materialize(tensor):
+            log.warning("allocating a KV cache of %s: %s", tuple(tensor.shape), why)
 
 
 def _give_up(tensor: Tensor, why: str) -> None:
@@ -144,7 +151,9 @@ def _give_up(tensor: Tensor, why: str) -> None:
 
 
 def release(cache: Any) -> int:
-    """Moves packed caches back into the user's plain tensors, dequantized. Doing it twice changes nothing.
+    """Moves packed caches back into the user's plain tensors, dequantized; one that never had memory becomes zeros.
+
+    Doing it twice changes nothing.
 
     Args:
         cache: a tensor, a module, a transformers Cache, or any object or container that holds such.
@@ -165,4 +174,6 @@ def release(cache: Any) -> int:
         if binding is not None:
             binding.restore()
             released += 1
+        else:
+            storage.materialize(tensor)
     return released

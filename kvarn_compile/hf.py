@@ -7,11 +7,14 @@ What works (transformers 5; hf_models.py, which loads models, and eval/hf.py imp
     model.generate(..., cache_implementation="static", compile_config=CompileConfig(backend="kvarn"))    (GPU)
     a decode loop of your own over model(ids, cache=cache)    (past_key_values=cache in older releases)
 
-In the third form the prompt runs uncompiled, and in all of them a cache that transformers makes itself begins plain: it
-is packed at the first compiled step that takes it as an input. `empty_static_cache` and a compiled prompt avoid that.
+In the first two forms the cache that generate() makes never has memory of its own. In the third the prompt runs
+uncompiled and fills a plain cache, which the first compiled step packs. A loop of your own should start with
+`empty_static_cache`: a cache whose tensors are made inside a compiled prompt is plain until the next call, and where
+mode="reduce-overhead" makes them outputs of a CUDA graph they cannot be packed.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +22,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
+from transformers.generation import GenerationMixin
 
 from kvarn.errors import ShapeError
 from kvarn_compile.binding import Binding, binding_of, release
 from kvarn_compile.optimized import compiled_by_kvarn
-from kvarn_compile.storage import empty_cache
+from kvarn_compile.storage import empty_cache, has_memory, materialize
 
 
 def empty_static_cache(config: PreTrainedConfig, batch: int, max_len: int, dtype: torch.dtype = torch.float16,
@@ -40,24 +44,39 @@ def empty_static_cache(config: PreTrainedConfig, batch: int, max_len: int, dtype
         ShapeError: for a model whose layers do not all have the same KV heads and one head_dim for keys and values.
     """
     install()
-    cache, text = StaticCache(config=config, max_cache_len=max_len), config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if not isinstance(heads, int) or getattr(text, "v_head_dim", dim) != dim:
+    shape = _heads_and_dim(config)
+    if shape is None:
         raise ShapeError("empty_static_cache: layers differ in KV heads, or keys and values in head_dim; "
                          "use transformers' StaticCache(config=..., max_cache_len=...)")
+    cache = StaticCache(config=config, max_cache_len=max_len)
+    _initialize(cache, batch, *shape, dtype, torch.device(device))
+    return cache
+
+
+def _heads_and_dim(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """KV heads and head_dim of every layer's keys and values, None if they differ."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if not isinstance(heads, int) or not isinstance(dim, int) or getattr(text, "v_head_dim", dim) != dim:
+        return None
+    return heads, dim
+
+
+def _initialize(cache: StaticCache, batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Makes the tensors of a new cache: full attention's without memory, zeros for sliding windows, which are small."""
     for layer in cache.layers:
         if type(layer) is not StaticLayer:
-            continue  # sliding windows and linear states are small, and the layer makes them when it needs them
-        vars(layer).update(device=torch.device(device), dtype=dtype, batch_size=batch, num_heads=heads, k_head_dim=dim,
-                           v_head_dim=dim)
-        layer.keys = empty_cache((batch, heads, max_len, dim), dtype, device)
-        layer.values = empty_cache((batch, heads, max_len, dim), dtype, device)
+            continue
+        shape = batch, heads, layer.max_cache_len, dim
+        layer.keys, layer.values = empty_cache(shape, dtype, device), empty_cache(shape, dtype, device)
         layer.cumulative_length = layer.cumulative_length.to(device)
+        vars(layer).update(device=layer.keys.device, dtype=dtype, batch_size=batch, num_heads=heads, k_head_dim=dim,
+                           v_head_dim=dim)
         for tensor in (layer.keys, layer.values, layer.cumulative_length):
             torch._dynamo.mark_static_address(tensor)
         layer.is_initialized = True
-    return cache
+    cache.early_initialization(batch, heads, dim, dtype, device)  # the layers that are left
 
 
 def install() -> None:
@@ -68,6 +87,8 @@ def install() -> None:
     for name, packed in (("update", _update), ("reset", _reset), ("reorder_cache", _reorder), ("offload", _offload)):
         setattr(StaticLayer, name, _aware(getattr(StaticLayer, name), packed))
     PreTrainedModel.get_compiled_call = _compiled_call(PreTrainedModel.get_compiled_call)
+    generation: Any = GenerationMixin  # a mixin, whose methods a type checker binds to no class
+    generation._prepare_static_cache = _prepared(generation._prepare_static_cache)
 
 
 def _aware(plain: Callable[..., Any], packed: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,8 +98,10 @@ def _aware(plain: Callable[..., Any], packed: Callable[..., Any]) -> Callable[..
     def method(self, *args, **kwargs):
         if not torch.compiler.is_compiling() and self.is_initialized:
             binding = binding_of(self.keys)
-            if binding is not None:
+            if binding is not None or (packed is _reset and not has_memory(self.keys)):
                 return packed(self, binding, *args, **kwargs)
+            for tensor in (self.keys, self.values):
+                materialize(tensor)
         return plain(self, *args, **kwargs)
 
     return method
@@ -94,8 +117,9 @@ def _update(layer: StaticLayer, binding: Binding, key: Tensor, value: Tensor, *a
     return keys.index_copy_(2, positions, key), values.index_copy_(2, positions, value)
 
 
-def _reset(layer: StaticLayer, binding: Binding) -> None:
-    binding.store.reset()
+def _reset(layer: StaticLayer, binding: Binding | None) -> None:
+    if binding is not None:
+        binding.store.reset()
     layer.cumulative_length.zero_()
 
 
@@ -116,3 +140,23 @@ def _compiled_call(plain: Callable[..., Any]) -> Callable[..., Any]:
         return self.__call__ if compiled_by_kvarn(self._compiled_call_impl) else plain(self, compile_config)
 
     return get_compiled_call
+
+
+def _prepared(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """_prepare_static_cache, which makes generate()'s cache: without memory, if kvarn compiled the model.
+
+    Only where transformers itself could initialize it early, with the same shape.
+    """
+    signature = inspect.signature(plain)
+
+    @functools.wraps(plain)
+    def prepare_static_cache(self, *args, **kwargs):
+        cache = plain(self, *args, **kwargs)
+        shape = _heads_and_dim(self.config)
+        if (type(cache) is StaticCache and compiled_by_kvarn(self._compiled_call_impl) and shape is not None
+                and shape == self._get_static_cache_init_shape() and not torch.is_autocast_enabled(self.device.type)):
+            rows = signature.bind(self, *args, **kwargs).arguments["batch_size"]
+            _initialize(cache, rows, *shape, self.dtype, self.device)
+        return cache
+
+    return prepare_static_cache

@@ -1,8 +1,8 @@
 """Memory of plain cache tensors: giving it back, and tensors that never had any.
 
-A freed tensor keeps its shape, strides and address range. On the CPU the pages go back to the system: reading gives
-zeros (it must not crash the process) and writing raises, so nothing is lost silently. On CUDA the storage shrinks to
-nothing and any access raises.
+A freed tensor keeps its shape, strides and storage size. On the CPU the pages go back to the system: reading gives
+zeros (it must not crash the process) and writing raises, so nothing is lost silently. On CUDA the storage is exchanged
+for one without memory, of the same size, on which any access raises.
 """
 
 import ctypes
@@ -15,6 +15,8 @@ from torch import Tensor
 
 _MADV_DONTNEED = 4
 _FREED = "this KV cache lives in a packed kvarn store; call kvarn_compile.release(cache) to get the plain tensor back"
+_EMPTY = ("this KV cache has no memory yet: run a model compiled with backend='kvarn' on it, or call "
+          "kvarn_compile.release(cache) to make it a plain tensor of zeros")
 
 
 def empty_cache(shape: Sequence[int], dtype: torch.dtype = torch.float16, device: torch.device | str = "cpu") -> Tensor:
@@ -26,7 +28,7 @@ def empty_cache(shape: Sequence[int], dtype: torch.dtype = torch.float16, device
     Args:
         shape: sizes of the cache, e.g. (batch, KV heads, capacity, head_dim).
         dtype: its dtype.
-        device: "cpu", or a CUDA device: there the tensor has no memory at all until it is moved to a store, and any
+        device: "cpu", or a CUDA device: there the tensor has no memory at all until a compiled model takes it, and any
             access before that raises.
     """
     device, nbytes = torch.device(device), math.prod(shape) * dtype.itemsize
@@ -36,16 +38,16 @@ def empty_cache(shape: Sequence[int], dtype: torch.dtype = torch.float16, device
         # Private: pages of a shared mapping would outlive madvise, and a forked child would write into them.
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+        husk = torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # type: ignore[call-overload]
     else:
-        storage = torch._C._construct_storage_from_data_pointer(0, device, nbytes)
-    husk = torch.empty(0, dtype=dtype, device=device).set_(storage, 0, tuple(shape))  # type: ignore[call-overload]
+        husk = _without_memory(torch.empty(shape, dtype=dtype, device="meta"), device, _EMPTY)
     husk._kvarn_husk = True  # type: ignore[attr-defined]
     return husk
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """False for a CUDA tensor of `empty_cache`: there is nothing to read."""
-    return tensor.device.type == "cpu" or tensor.untyped_storage().data_ptr() != 0
+    """False for a CUDA tensor of `empty_cache`, or a freed one: there is nothing to read."""
+    return tensor.device.type == "cpu" or not hasattr(tensor, "_kvarn_husk")
 
 
 def why_not_free(tensor: Tensor) -> str:
@@ -63,8 +65,10 @@ def why_not_free(tensor: Tensor) -> str:
             return "its memory is shared with another process or a file"
         if tensor.is_pinned():
             return "its memory is pinned"
-        if not storage.resizable() and not hasattr(tensor, "_kvarn_husk"):
-            return "its memory belongs to another library (numpy, a buffer)"
+    elif tensor.device.type != "cuda":
+        return f"its memory is on {tensor.device.type}; valid: cpu, cuda"
+    if not storage.resizable() and not hasattr(tensor, "_kvarn_husk"):
+        return "its memory belongs to another library (numpy, a buffer) or to a CUDA graph"
     return ""
 
 
@@ -74,12 +78,17 @@ def free(tensor: Tensor) -> None:
         _return_pages(tensor.data_ptr(), tensor.untyped_storage().nbytes())
         torch._C._set_throw_on_mutable_data_ptr(tensor)
     else:
-        storage = tensor.untyped_storage()
-        if storage.resizable():  # one of `empty_cache` is not, and holds nothing
-            storage.resize_(0)
-        explain = getattr(torch._C, "_set_storage_data_ptr_access_error_msg", None)  # CUDA builds only
-        if explain is not None:
-            explain(storage._cdata, _FREED)
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            tensor.data = _without_memory(tensor, tensor.device, _FREED)
+        tensor._kvarn_husk = True  # type: ignore[attr-defined]
+
+
+def materialize(tensor: Tensor) -> bool:
+    """Gives a tensor that has no memory zeros to hold, so that it can be used in plain form; False if it has memory."""
+    if has_memory(tensor):
+        return False
+    refill(tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape))
+    return True
 
 
 def refill(tensor: Tensor, content: Tensor) -> None:
@@ -90,6 +99,16 @@ def refill(tensor: Tensor, content: Tensor) -> None:
         tensor.data = fresh.copy_(content)
     if hasattr(tensor, "_kvarn_husk"):
         delattr(tensor, "_kvarn_husk")
+
+
+def _without_memory(like: Tensor, device: torch.device, why: str) -> Tensor:
+    """A tensor of the shape, strides, dtype and storage size of `like`, whose data pointer raises `why`."""
+    husk = torch.empty(0, dtype=like.dtype, device=device)
+    storage = torch._C._construct_storage_from_data_pointer(0, husk.device, like.untyped_storage().nbytes())
+    husk.set_(storage, 0, like.shape, like.stride())  # type: ignore[call-overload]
+    # From here on: set_ itself asks for the pointer. Only CUDA builds of torch have this function.
+    torch._C._set_storage_data_ptr_access_error_msg(storage._cdata, why)
+    return husk
 
 
 def _return_pages(address: int, nbytes: int) -> None:

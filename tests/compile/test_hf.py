@@ -41,7 +41,7 @@ def loop(call, cache, ids, steps=STEPS):
     chosen, logits = [], []
     with torch.no_grad():
         for _ in range(steps):
-            logits.append(call(ids, **{CACHE: cache}).logits[:, -1])
+            logits.append(call(ids, **{CACHE: cache}).logits[:, -1].clone())  # CUDA graphs write over their outputs
             ids = logits[-1].argmax(-1, keepdim=True)
             chosen.append(ids)
     return torch.cat(chosen, 1), torch.stack(logits)
@@ -94,6 +94,8 @@ def test_generate(kind, how):
         out = model.generate(ids, compile_config=config, **GREEDY)
     assert torch.equal(out, expected)
     assert counters["kvarn"]["attention_rewritten"] >= 1
+    if how != "compile_config" and kind != "gemma3":  # the prompt is packed too: its cache is there before the call
+        assert counters["kvarn"]["attention_refused"] == 0
 
 
 def test_generate_of_other_backends_is_unchanged():
@@ -135,6 +137,7 @@ def test_reset_and_second_prompt():
     assert_same(loop(model, plain, tokens(1, 20, 5)), loop(call, packed, tokens(1, 20, 5)))
 
 
+@pytest.mark.skipif(not hasattr(transformers.cache_utils.StaticLayer, "crop"), reason="static caches cannot crop")
 def test_crop():
     model, ids = tiny(), tokens(1, 140)
     plain, packed = (StaticCache(config=model.config, max_cache_len=320) for _ in range(2))

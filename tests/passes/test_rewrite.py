@@ -5,6 +5,7 @@ import torch
 from compare import LOSSLESS, TOLERANCE, RewritingBackend, run_both
 from steps import CHUNKS, in_chunks
 from torch._dynamo.utils import counters
+from torch.torch_version import TorchVersion
 from toy_models import (
     Config,
     GptFast,
@@ -65,6 +66,8 @@ def test_half_precision(style, dtype):
 
 @pytest.mark.parametrize("style", ["hf_repeat", "gpt", "llama"])
 def test_dynamic_shapes_burn_nothing_in(style):
+    if style == "hf_repeat" and TorchVersion(torch.__version__) < "2.13":
+        pytest.skip("dynamic=True made the number of KV heads a symbol, which no store has")
     make, calls = STYLES[style]
     config = Config()
     backend = RewritingBackend()
