@@ -1,49 +1,16 @@
-"""The attention backend: which layers it takes, what their cache looks like, what a step's metadata is."""
+"""The attention backend: which layers it takes and what their cache looks like."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionCGSupport,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-)
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvarn.spec import PRESETS
 from kvarn_compile.vllm.refusals import head_size
 from kvarn_compile.vllm.settings import Settings
-
-
-@dataclass
-class TileMetadata(AttentionMetadata):
-    """What append_paged and attend_paged need to know of a step; see kvarn/paged.py. All tensors are vLLM's own."""
-
-    tokens: int
-    table: torch.Tensor
-    starts: torch.Tensor
-    ends: torch.Tensor
-    max_count: int
-    max_end: int
-
-
-class TileMetadataBuilder(AttentionMetadataBuilder[TileMetadata]):
-    """Passes vLLM's tensors on: every address is computed from them inside the ops."""
-
-    _cudagraph_support = AttentionCGSupport.NEVER  # until the ops have kernels
-
-    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata,
-              fast_build: bool = False) -> TileMetadata:
-        """The metadata of one step."""
-        m = common_attn_metadata
-        return TileMetadata(m.num_actual_tokens, m.block_table_tensor, m.query_start_loc, m.seq_lens, m.max_query_len,
-                            m.max_seq_len)
 
 
 @dataclass(frozen=True)
@@ -81,6 +48,8 @@ class KVarnBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls():
         """The builder of a step's metadata."""
+        from kvarn_compile.vllm.metadata import TileMetadataBuilder
+
         return TileMetadataBuilder
 
     @classmethod
@@ -105,6 +74,21 @@ class KVarnBackend(AttentionBackend):
         from kvarn_compile.vllm.spec import TileSpec
 
         return TileSpec.of(spec, cls.settings().spec, cls.built_for.dtype, cls.built_for.page_bytes)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """A layer's blocks one after the other, each dense; a block has one state, so both are the same bytes."""
+        return (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """No: which rows are decodes, and the sizes of launches, come from the host's query lengths."""
+        return False
+
+    @classmethod
+    def supports_compute_capability(cls, capability) -> bool:
+        """The kernels need Ampere's asynchronous copies and bfloat16; a CPU has none to check."""
+        return capability is None or capability.major >= 8
 
     @classmethod
     def supports_kv_connector(cls) -> bool:

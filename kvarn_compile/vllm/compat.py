@@ -4,12 +4,13 @@ Written for vLLM 0.32 (plugin.py lets no other in). What 0.33 needs is listed in
 
 Hooks: the backend is registered as CUSTOM; EngineArgs.create_engine_config translates the short form to the long one
 and refuses what cannot work; EngineArgs.add_cli_args lists the short names; the CPU platform, which knows no backend
-but its own, gives CUSTOM to layers that ask for it.
+but its own, gives CUSTOM to layers that ask for it; between loading and repacking of the weights, keys are balanced.
 """
 
 import functools
 
 import vllm.engine.arg_utils as arg_utils
+import vllm.model_executor.model_loader.base_loader as base_loader
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from kvarn.errors import KVarnError
@@ -32,7 +33,17 @@ def install() -> None:
     engine_args._kvarn_hooked = True  # pyright: ignore[reportAttributeAccessIssue]
     engine_args.create_engine_config = _create_engine_config(engine_args.create_engine_config)
     engine_args.add_cli_args = staticmethod(_add_cli_args(engine_args.add_cli_args))
+    base_loader.process_weights_after_loading = _process_weights(base_loader.process_weights_after_loading)
     _hook_cpu()
+
+
+def _process_weights(original):
+    @functools.wraps(original)
+    def process_weights_after_loading(model, *args, **kwargs):
+        balance.balance_from_weights(model)
+        return original(model, *args, **kwargs)
+
+    return process_weights_after_loading
 
 
 def _create_engine_config(original):

@@ -1,22 +1,26 @@
 """One attention layer over packed tiles."""
 
 import torch
+from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 import kvarn.paged_ops  # noqa: F401  (defines the ops)
 from kvarn.paged_layout import PagedLayout, paged_layout
-from kvarn_compile.vllm.backend import Engine, KVarnBackend, TileMetadata
+from kvarn_compile.vllm.backend import Engine, KVarnBackend
 from kvarn_compile.vllm.balance import layer_scale
+from kvarn_compile.vllm.metadata import Rows, TileMetadata
+from kvarn_compile.vllm.prompts import Flash
 from kvarn_compile.vllm.refusals import STOCK, Reason, Refusal, UnsupportedEngine, has_window
-from kvarn_compile.vllm.settings import Settings
+from kvarn_compile.vllm.settings import WEIGHTS, Settings
+from kvarn_compile.vllm.warmup import Shape, compile_kernels
 
 WINDOW_BLOCK = 32
 """Tokens of the smallest block that vLLM's own backends take, for layers with a window."""
 
 
 class KVarnImpl(AttentionImpl[TileMetadata]):
-    """Appends a step's keys and values to the layer's tiles and attends them: two ops, no state per request.
+    """Appends a step's keys and values to the layer's tiles and attends them: no state per request.
 
     Raises:
         UnsupportedEngine: for a layer whose attention the ops cannot express.
@@ -35,28 +39,65 @@ class KVarnImpl(AttentionImpl[TileMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.settings = Settings.of(config.additional_config)
-        self.balance: torch.Tensor | None = None
+        self.balance: Tensor | None = None
+        self.balances_from_weights = self.settings.spec.rotated and self.settings.balance == WEIGHTS
         dtype, page_bytes = config.model_config.dtype, None
+        layout = paged_layout(self.settings.spec.key, head_size, dtype)
         if has_window(config):
-            page_bytes = shared_page_bytes(self.num_kv_heads, paged_layout(self.settings.spec.key, head_size, dtype))
+            page_bytes = shared_page_bytes(self.num_kv_heads, layout)
             config.cache_config.skip_page_size_padded = page_bytes
         KVarnBackend.built_for = Engine(self.settings, dtype, page_bytes)
+        self.layout = layout
+        self.flash = Flash.of(head_size, dtype, self.scale)
+        self.shape = Shape.of(config, layout, num_heads, self.num_kv_heads, self.scale)
+        self.decode = _decode_kernel(config, layout)
 
-    def forward(self, layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
-                attn_metadata: TileMetadata | None, output: torch.Tensor, output_scale=None,
-                output_block_scale=None) -> torch.Tensor:
-        """Attention of query [n, Hq, D] into `output`; key, value [n, H, D]; kv_cache [blocks, H, 1, record_bytes]."""
+    def forward(self, layer, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor,
+                attn_metadata: TileMetadata | None, output: Tensor, output_scale=None,
+                output_block_scale=None) -> Tensor:
+        """Attention of query [n, Hq, D] into `output`; key, value [n, H, D]; kv_cache [blocks, H, 1, record_bytes].
+
+        Without metadata this is vLLM's profile run, whose peak of memory the pool must leave room for: every kernel is
+        compiled there, and runs once with its largest scratch.
+        """
         if self.balance is None:
             self.balance = layer_scale(self.settings, layer.layer_name, self.num_kv_heads, self.head_size, query.device)
         if attn_metadata is None:
+            if query.is_cuda:
+                compile_kernels(self.shape, self.flash, query.device)
             return output.zero_()
-        step, cache = attn_metadata, kv_cache.squeeze(2)
-        q, k, v = (x[: step.tokens] for x in (query, key, value))
-        where = (cache, step.table, step.starts, step.ends, self.balance)
-        torch.ops.kvarn.append_paged(k, v, *where, self.settings.spec.key)
-        output[: step.tokens] = torch.ops.kvarn.attend_paged(q, k, v, *where, step.max_count, step.max_end, self.scale,
-                                                             self.settings.spec.key)
+        step, cache, spec = attn_metadata, kv_cache.squeeze(2), self.layout.spec.key
+        k, v = key[: step.tokens], value[: step.tokens]
+        torch.ops.kvarn.append_paged(k, v, cache, step.table, step.starts, step.ends, self.balance, spec)
+        if step.decodes is not None:
+            self._attend(step.decodes, query, key, value, cache, self.balance, output)
+        for rows in step.prompts:
+            if self.flash is None:
+                self._attend(rows, query, key, value, cache, self.balance, output)
+            else:
+                q, k, v, out = (x[rows.tokens] for x in (query, key, value, output))
+                self.flash.attend(rows, q, k, v, cache, self.balance, spec, out)
         return output
+
+    def _attend(self, rows: Rows, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, balance: Tensor,
+                output: Tensor) -> None:
+        """Rows that read packed tiles, by the op; its decode kernel can write where the output is wanted."""
+        q, k, v, out = (x[rows.tokens] for x in (query, key, value, output))
+        where = (cache, rows.table, rows.starts, rows.ends, balance)
+        if self.decode is not None and rows.max_count <= self.shape.decode:
+            self.decode(q, *where, rows.max_count, rows.max_end, self.scale, self.layout, out)
+            return
+        out.copy_(torch.ops.kvarn.attend_paged(q, k, v, *where, rows.max_count, rows.max_end, self.scale,
+                                               self.layout.spec.key))
+
+
+def _decode_kernel(config, layout: PagedLayout):
+    """kvarn.decode_cuda.decode_paged where it runs: a decode of at most limits.decode_tokens. Else None."""
+    if config.device_config.device_type != "cuda" or not layout.spec.rotated:
+        return None
+    from kvarn.decode_cuda import decode_paged
+
+    return decode_paged
 
 
 def shared_page_bytes(heads: int, layout: PagedLayout) -> int:

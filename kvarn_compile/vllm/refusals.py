@@ -61,26 +61,24 @@ def check(config, settings: Settings) -> None:
     Raises:
         UnsupportedEngine: if there is one.
     """
-    refusals = [*_model(config, settings), *_serving(config), *_speculation(config, settings),
-                *_block_size(config, settings)]
+    refusals = [*_model(config.model_config, settings), *_preset(settings), *_serving(config),
+                *_speculation(config, settings), *_block_size(config, settings)]
     if refusals:
         raise UnsupportedEngine(refusals)
 
 
-def _model(config, settings: Settings) -> Iterator[Refusal]:
-    model = config.model_config
+def _model(model, settings: Settings) -> Iterator[Refusal]:
+    """Of a ModelConfig: the target's, or that of a model that drafts for it."""
     if model.use_mla:
         yield Refusal(Reason.MLA, "latent attention has no keys and values per head to pack", STOCK)
-    if model.is_encoder_decoder or model.runner_type != "generate":
+    if model.is_encoder_decoder or model.runner_type not in ("generate", "draft"):
         yield Refusal(Reason.ENCODER, "only causal attention over a decoder's own tokens is packed", STOCK)
     if model.is_hybrid:
         yield Refusal(Reason.HYBRID, "state-space layers share pages with packed tiles: not proven yet", STOCK)
-    if has_window(config) and "full_attention" not in (getattr(model.hf_text_config, "layer_types", None) or ()):
+    windows = model.get_sliding_window() is not None
+    if windows and "full_attention" not in (getattr(model.hf_text_config, "layer_types", None) or ()):
         yield Refusal(Reason.SLIDING_WINDOW, "every layer has a window, and windows stay in vLLM's own format", STOCK)
     yield from head_size(model.get_head_size(), settings)
-    if settings.spec.sink:
-        yield Refusal(Reason.PRESET, f"{settings.spec.key} keeps a sequence's first tile in 16 bits, for which a paged "
-                      "cache has no place", "use k4v2_g128")
 
 
 def has_window(config) -> bool:
@@ -93,6 +91,12 @@ def head_size(size: int, settings: Settings) -> Iterator[Refusal]:
     if settings.spec.rotated and size not in HEAD_DIMS:
         yield Refusal(Reason.HEAD_SIZE, f"{size} channels cannot be rotated; valid: {HEAD_DIMS}",
                       "use preset k16v16, or " + STOCK)
+
+
+def _preset(settings: Settings) -> Iterator[Refusal]:
+    if settings.spec.sink:
+        yield Refusal(Reason.PRESET, f"{settings.spec.key} keeps a sequence's first tile in 16 bits, for which a paged "
+                      "cache has no place", "use k4v2_g128")
 
 
 def _serving(config) -> Iterator[Refusal]:
@@ -115,16 +119,23 @@ def _speculation(config, settings: Settings) -> Iterator[Refusal]:
     speculative = config.speculative_config
     if speculative is None:
         return
-    if speculative.method != "ngram":
-        yield Refusal(Reason.SPECULATION, f"method {speculative.method!r} keeps KV of its own: not proven yet",
-                      "use ngram")
-    size = config.model_config.get_head_size()
-    if settings.spec.sink or any(head_size(size, settings)):
+    models = [config.model_config]
+    if speculative.method == "draft_model":
+        models.append(speculative.draft_model_config)
+        yield from _model(models[1], settings)
+    elif speculative.method != "ngram":
+        yield Refusal(Reason.SPECULATION, f"method {speculative.method!r} is not proven yet",
+                      "use ngram or a draft model")
+    sizes = [model.get_head_size() for model in models]
+    if settings.spec.sink or any(any(head_size(size, settings)) for size in sizes):
         return  # refused already: there is no page
-    page = PagedLayout(settings.spec, size, torch.bfloat16).page
+    page = min(PagedLayout(settings.spec, size, torch.bfloat16).page for size in sizes)
     if speculative.num_speculative_tokens >= page:
         yield Refusal(Reason.SPECULATION, f"{speculative.num_speculative_tokens} draft tokens, of which a rejection "
                       f"may take back more than the {page} tokens a page keeps", f"use at most {page - 1}")
+    if any(model.get_sliding_window() is not None for model in models[1:]):
+        yield Refusal(Reason.SPECULATION, "a draft model with sliding windows is not proven yet",
+                      "use one without, or ngram")
 
 
 def _block_size(config, settings: Settings) -> Iterator[Refusal]:

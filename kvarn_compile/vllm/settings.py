@@ -10,6 +10,8 @@ from kvarn.spec import DEFAULT_PRESET, QuantSpec, resolve
 KEY = "kvarn"
 """The name of our entry in vLLM's additional_config."""
 
+WEIGHTS, OFF = "weights", "off"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -17,11 +19,11 @@ class Settings:
 
     Attributes:
         spec: what a tile stores.
-        balance: a safetensors file of key scales that `kvarn balance` wrote, or "off".
+        balance: where key scales come from: WEIGHTS, OFF, or a safetensors file that `kvarn balance` wrote.
     """
 
     spec: QuantSpec
-    balance: str = "off"
+    balance: str = WEIGHTS
 
     @staticmethod
     def of(additional_config: Any) -> "Settings":
@@ -36,7 +38,7 @@ class Settings:
         unknown = sorted(set(options) - {"preset", "balance"})
         if unknown:
             raise SpecError(f"additional_config[{KEY!r}] has {', '.join(unknown)}; valid: preset, balance")
-        balance = options.get("balance", "off")
+        balance = options.get("balance", WEIGHTS)
         if not isinstance(balance, str):
-            raise SpecError(f"balance={balance!r}; valid: 'off' or the path of a safetensors file")
+            raise SpecError(f"balance={balance!r}; valid: {WEIGHTS!r}, {OFF!r} or the path of a safetensors file")
         return Settings(resolve(options.get("preset", DEFAULT_PRESET)), balance)

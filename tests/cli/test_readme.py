@@ -15,10 +15,14 @@ README = (REPOSITORY / "README.md").read_text()
 PAGES = [README, *((REPOSITORY / name).read_text() for name in ("CONTRIBUTING.md", "docs/architecture.md"))]
 
 
-def test_ci_runs_the_readme_commands():
-    extract = re.search(r"\$\((sed .*README\.md.*)\)", (REPOSITORY / ".ci/run").read_text())[1]
-    lines = subprocess.run(["bash", "-c", extract], cwd=REPOSITORY, capture_output=True, text=True).stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["pip", "pip", "ruff", "pyright", "pytest"]
+@pytest.mark.parametrize("document, commands", [("README.md", ["pip", "pip", "ruff", "pyright", "pytest"]),
+                                                ("docs/vllm.md", ["pip", "pip", "pip", "pip", "pytest"])])
+def test_ci_runs_the_documents_commands(document, commands):
+    script = (REPOSITORY / ".ci/run").read_text()
+    assert f"run_block {document}\n" in script
+    extract = ["bash", "-c", re.search(r"\$\((sed .*)\)", script)[1], "run_block", document]
+    lines = subprocess.run(extract, cwd=REPOSITORY, capture_output=True, text=True).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == commands
     assert all("&&" not in line for line in lines)  # bash -e does not stop inside such a list
 
 

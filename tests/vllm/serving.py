@@ -37,6 +37,11 @@ def greedy(llm, texts, count, **options):
     return outputs if full else [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def layers(llm):
+    """The engine's attention layers."""
+    return list(llm.llm_engine.vllm_config.compilation_config.static_forward_context.values())
+
+
 def scheduler(llm):
     """The engine's scheduler."""
     return llm.llm_engine.engine_core.engine_core.scheduler

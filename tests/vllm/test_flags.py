@@ -87,10 +87,13 @@ def test_refused_models(tmp_path):
         configure(windows, kv_cache_dtype="kvarn_k4v2_g128")
 
 
+MODEL = {"use_mla": False, "is_encoder_decoder": False, "runner_type": "generate", "is_hybrid": False,
+         "get_sliding_window": lambda: None, "get_head_size": lambda: 64, "hf_text_config": None}
+
+
 def stand_in(**changes):
     """The parts of a VllmConfig that are checked, of a plain decoder; `changes` by name, "__" for a dot."""
-    model = SimpleNamespace(use_mla=False, is_encoder_decoder=False, runner_type="generate", is_hybrid=False,
-                            get_sliding_window=lambda: None, get_head_size=lambda: 64, hf_text_config=None)
+    model = SimpleNamespace(**MODEL)
     cache = SimpleNamespace(cache_dtype="auto", kv_offloading_size=None, user_specified_block_size=False, block_size=16)
     parallel = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1)
     config = SimpleNamespace(model_config=model, cache_config=cache, parallel_config=parallel, kv_transfer_config=None,
@@ -111,6 +114,11 @@ def stand_in(**changes):
     ({"cache_config__cache_dtype": "fp8"}, Reason.CACHE_DTYPE),
     ({"device_config__device_type": "xpu"}, Reason.DEVICE),
     ({"speculative_config": SimpleNamespace(method="eagle", num_speculative_tokens=2)}, Reason.SPECULATION),
+    ({"speculative_config": SimpleNamespace(method="draft_model", num_speculative_tokens=2, draft_model_config=(
+        SimpleNamespace(**MODEL | {"get_head_size": lambda: 80})))}, Reason.HEAD_SIZE),
+    ({"speculative_config": SimpleNamespace(method="draft_model", num_speculative_tokens=2, draft_model_config=(
+        SimpleNamespace(**MODEL | {"get_sliding_window": lambda: 64, "hf_text_config": SimpleNamespace(
+            layer_types=["sliding_attention", "full_attention"])})))}, Reason.SPECULATION),
 ])
 def test_what_vllm_itself_stops_earlier_on_a_cpu(change, reason):
     check(stand_in(), Settings.of({}))
@@ -140,7 +148,8 @@ def test_refused_layers(llama, stock, change, reason):
     ({"kv_cache_dtype": "kvarn_k5v1"}, "preset='k5v1' is unknown; valid: k4v2_g128"),
     ({"attention_backend": "CUSTOM", "additional_config": {"kvarn": {"bits": 4}}}, "bits; valid: preset, balance"),
     ({"attention_backend": "CUSTOM", "additional_config": {"kvarn": "k4v2"}}, "valid: a mapping"),
-    ({"attention_backend": "CUSTOM", "additional_config": {"kvarn": {"balance": True}}}, "balance=True; valid: 'off'"),
+    ({"attention_backend": "CUSTOM", "additional_config": {"kvarn": {"balance": True}}},
+     "balance=True; valid: 'weights', 'off'"),
 ])
 def test_bad_options(llama, options, words):
     with pytest.raises(SpecError, match=words):

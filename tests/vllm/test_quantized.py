@@ -3,13 +3,19 @@
 import pytest
 
 pytest.importorskip("vllm.engine.arg_utils", reason="vLLM is not installed")
+from types import SimpleNamespace
+
+import small_models
 import torch
 from safetensors.torch import save_file
 from serving import configure, free_blocks, greedy, prompts
+from transformers import AutoModelForCausalLM
 
 from kvarn import SpecError
+from kvarn.balance import from_weights
 from kvarn.paged_layout import paged_layout
 from kvarn.spec import PRESETS
+from kvarn_compile.vllm import balance
 
 
 def capacity(llm):
@@ -63,10 +69,32 @@ def test_balanced_keys_from_a_file(engines, smooth, tmp_path):
     texts = prompts(400, 500, seed=2)
     stock = loss(engines(smooth, max_num_batched_tokens=64), texts)
     off, on = (loss(engines(smooth, max_num_batched_tokens=64, attention_backend="CUSTOM", additional_config={
-        "kvarn": {"preset": "k8v8_g128", "balance": balance}}), texts) for balance in ("off", str(file)))
+        "kvarn": {"preset": "k8v8_g128", "balance": source}}), texts) for source in ("off", str(file)))
     assert not torch.equal(off, on)
     for ours in (off, on):
         assert float((ours - stock).abs().mean() / stock.std()) < 0.03
+
+
+def test_balanced_keys_from_weights(engines, tmp_path_factory, monkeypatch):
+    """A Qwen2's keys have a bias: by default each layer's scale is that of its weights, and tokens come out closer."""
+    said = []
+    monkeypatch.setattr(balance, "logger", SimpleNamespace(info_once=said.append))
+    folder = small_models.write(tmp_path_factory.mktemp("qwen"), "qwen2", hidden=256, attention=0.5)
+    texts, options = prompts(400, 500, seed=4), {"max_num_batched_tokens": 64}
+    stock = loss(engines(folder, **options), texts)
+    default = engines(folder, kv_cache_dtype="kvarn_k4v2_g128", **options)
+    off = engines(folder, attention_backend="CUSTOM", additional_config={"kvarn": {"balance": "off"}}, **options)
+    assert said == ["kvarn: keys of 2 layers are balanced by their projections' weights."]
+    state = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for index, layer in enumerate(default.llm_engine.vllm_config.compilation_config.static_forward_context.values()):
+        query, key = (getattr(state.model.layers[index].self_attn, f"{name}_proj") for name in "qk")
+        expected = from_weights(key.weight, key.bias, state.model.layers[index].input_layernorm.weight,
+                                state.model.rotary_emb.inv_freq, 128, query.weight, query.bias)
+        torch.testing.assert_close(layer.impl.balance, expected.detach(), rtol=1e-4, atol=1e-5)
+    error = {name: float((loss(llm, texts) - stock).abs().mean()) for name, llm in (("off", off), ("on", default))}
+    for layer in off.llm_engine.vllm_config.compilation_config.static_forward_context.values():
+        assert (layer.impl.balance == 1).all()
+    assert error["on"] < error["off"]
 
 
 def test_a_balance_file_of_another_model_is_refused(llama, tmp_path):

@@ -1,4 +1,4 @@
-"""ngram speculative decoding: drafts are written, rejected ones taken back, over tile edges, without a trace."""
+"""Speculative decoding: drafts are written, rejected ones taken back, over tile edges, without a trace."""
 
 import pytest
 
@@ -27,16 +27,37 @@ def speculating(engines, repeating, plain):
     return engines(repeating, kv_cache_dtype="kvarn_k16v16", speculative_config=ngram)
 
 
-def test_tokens_are_those_without_speculation(plain, speculating, monkeypatch):
-    core, seen = scheduler(speculating), []
+def count_drafts(llm, monkeypatch):
+    """A function that says how many drafts there were since, and how many were accepted."""
+    seen = []
 
     def spy(stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs):
         seen.append((num_draft_tokens, num_accepted_tokens))
 
-    monkeypatch.setattr(core, "make_spec_decoding_stats", spy)
+    monkeypatch.setattr(scheduler(llm), "make_spec_decoding_stats", spy)
+    return lambda: [sum(x) for x in zip(*seen, strict=True)]
+
+
+@pytest.mark.parametrize("shape", [{"layers": 2}, {"layers": 1},
+                                   {"layers": 1, "heads": 2, "kv_heads": 1, "hidden": 64}])
+def test_a_draft_model(engines, llama, stock, tmp_path_factory, monkeypatch, shape):
+    """Its cache is packed as well: the target's own copy is always right, others, of other KV heads too, are wrong."""
+    draft = small_models.write(tmp_path_factory.mktemp("draft"), **shape)
+    ours = engines(llama, kv_cache_dtype="kvarn_k16v16", speculative_config={
+        "method": "draft_model", "model": str(draft), "num_speculative_tokens": 3})
+    drafts = count_drafts(ours, monkeypatch)
+    texts = prompts(1, 100, 126, 127, 128, 129, 300, seed=3)
+    assert greedy(ours, texts, 60) == greedy(stock, texts, 60)
+    drafted, accepted = drafts()
+    assert drafted > 300
+    assert accepted == drafted if shape["layers"] == 2 else accepted < 10
+
+
+def test_tokens_are_those_without_speculation(plain, speculating, monkeypatch):
+    drafts = count_drafts(speculating, monkeypatch)
     texts = [{"prompt_token_ids": text["prompt_token_ids"] * 3} for text in prompts(40, 42, 20, 41, seed=1)]
     assert greedy(speculating, texts, 150) == greedy(plain, texts, 150)
-    drafted, accepted = (sum(x) for x in zip(*seen, strict=True))
+    drafted, accepted = drafts()
     assert accepted > 10
     assert drafted - accepted > 200
 

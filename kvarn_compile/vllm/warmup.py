@@ -1,0 +1,113 @@
+"""Every kernel that serving can meet, compiled in vLLM's profile run instead of in the first request.
+
+The ops run on a cache of one block, which every row of the block table names: what they compute is of no account, which
+kernels they compile and how much scratch they take is. CUDA graphs, captured later, meet the same kernels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kvarn.paged_layout import PagedLayout
+from kvarn_compile.vllm.limits import decode_tokens, scratch_tokens
+from kvarn_compile.vllm.metadata import Prompts
+from kvarn_compile.vllm.prompts import Flash
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a layer's launches depend on.
+
+    Attributes:
+        layout: of its blocks.
+        heads, kv_heads, scale: of its attention, on this rank.
+        rows, tokens: the most of a step.
+        length: the most tokens of a row.
+        decode: the most new tokens of a decode.
+        scratch: the most keys that are unpacked together.
+    """
+
+    layout: PagedLayout
+    heads: int
+    kv_heads: int
+    scale: float
+    rows: int
+    tokens: int
+    length: int
+    decode: int
+    scratch: int
+
+    @staticmethod
+    def of(config, layout: PagedLayout, heads: int, kv_heads: int, scale: float) -> "Shape":
+        """Of a layer in an engine of this VllmConfig."""
+        scheduler = config.scheduler_config
+        return Shape(layout, heads, kv_heads, scale, scheduler.max_num_seqs, scheduler.max_num_batched_tokens,
+                     config.model_config.max_model_len, decode_tokens(config, kv_heads), scratch_tokens(config))
+
+
+@dataclass(frozen=True)
+class Step:
+    """Rows of equal numbers of new tokens and equal lengths."""
+
+    rows: int
+    count: int
+    end: int
+
+
+def decodes(shape: Shape) -> list[Step]:
+    """Batches of every power of two and the largest, of rows that are short and of rows as long as can be."""
+    counts = range(1, min(shape.decode, shape.length) + 1)
+    return [Step(rows, count, end) for rows in [*_powers(shape.rows), shape.rows] for count in counts
+            for end in sorted({count, shape.length})]
+
+
+def prompts(shape: Shape) -> list[Step]:
+    """Chunks that open, fill and close tiles, with and without history, of one row and of two; and the most scratch."""
+    group, most = shape.layout.spec.group, min(shape.tokens, shape.length)
+    counts = sorted({min(count, most) for count in (shape.decode + 1, group - 1, group, 2 * group + 3, most)})
+    steps = [Step(rows, count, end) for count in counts for rows in (1, 2)
+             for end in sorted({count, min(count + group + 1, shape.length)})]
+    rows = min(shape.scratch // shape.length, shape.rows, shape.tokens)
+    steps.append(Step(rows, min(most, shape.tokens // rows), shape.length))
+    return [step for step in steps if step.rows * step.count <= shape.tokens and step.rows <= shape.rows]
+
+
+@lru_cache(maxsize=16)
+def compile_kernels(shape: Shape, flash: Flash | None, device: torch.device) -> None:
+    """Run every step once: the first layer of a shape does, the others find it done."""
+    layout = shape.layout
+    block = torch.zeros(1, shape.kv_heads, layout.record_bytes, dtype=torch.uint8, device=device)
+    balance = torch.ones(shape.kv_heads, layout.head_dim, device=device)
+    for step in decodes(shape):
+        _run(step, shape, block, balance, None)
+    for step in prompts(shape):
+        _run(step, shape, block, balance, flash)
+
+
+def _run(step: Step, shape: Shape, block: Tensor, balance: Tensor, flash: Flash | None) -> None:
+    """Append and attend, with q, k, v as slices of one projection, as models make them."""
+    heads, kv_heads, dim, spec = shape.heads, shape.kv_heads, shape.layout.head_dim, shape.layout.spec.key
+    options = {"dtype": torch.int32, "device": block.device}
+    qkv = torch.zeros(step.rows * step.count, heads + 2 * kv_heads, dim, dtype=shape.layout.dtype, device=block.device)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
+    table = torch.zeros(step.rows, shape.layout.blocks(shape.length), **options)
+    starts = torch.arange(step.rows + 1, **options) * step.count
+    ends = torch.full((step.rows,), step.end, **options)
+    torch.ops.kvarn.append_paged(k, v, block, table, starts, ends, balance, spec)
+    if flash is None:
+        torch.ops.kvarn.attend_paged(q, k, v, block, table, starts, ends, balance, step.count, step.end, shape.scale,
+                                     spec)
+    else:
+        rows = Prompts(slice(0, len(q)), table, starts, ends, step.count, step.end, step.count == step.end)
+        flash.attend(rows, q, k, v, block, balance, spec, torch.empty_like(q))
+
+
+def _powers(most: int) -> Iterator[int]:
+    """1, 2, 4, ... below `most`."""
+    power = 1
+    while power < most:
+        yield power
+        power *= 2
