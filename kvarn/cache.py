@@ -51,7 +51,12 @@ class PackedCache:
         shape = (rows, heads, layout.tiles(capacity), layout.record_bytes)
         records = torch.zeros(shape, dtype=torch.uint8, device=device)
         tail = torch.zeros(rows, heads, layout.tail_bytes, dtype=torch.uint8, device=device)
-        return cls(records, tail, torch.zeros(rows, dtype=torch.int64, device=device), balance, layout, capacity)
+        lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        if records.is_cuda and layout.spec.method == "kvarn":
+            from kvarn.decode_cuda import signs  # Triton is needed only where there is a GPU
+
+            signs(layout, records.device)
+        return cls(records, tail, lengths, balance.contiguous(), layout, capacity)
 
     @property
     def spec(self) -> QuantSpec:

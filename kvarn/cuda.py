@@ -2,15 +2,15 @@
 
 Semantics are the CPU implementations' (append.py, attention.py), with two differences a device imposes: a chunk's
 positions must be consecutive in each row, and a position outside the capacity is not written (an exception would need a
-synchronization). Every decision that depends on data is made on the device, so that a step can be captured in a CUDA
-graph.
+synchronization); and one of a single query token's (decode_cuda.py). Every decision that depends on data is made on the
+device, so that a step can be captured in a CUDA graph.
 """
 
 import torch
 from torch import Tensor
 
 from kvarn.decode_cuda import decode_store
-from kvarn.device import capability, channels_last, kernel_offsets, processors
+from kvarn.device import capability, channels_last, kernel_offsets, on_own_device, processors
 from kvarn.errors import ShapeError
 from kvarn.kernels import append, configs, quantize, unpack
 from kvarn.layout import store_layout
@@ -20,11 +20,13 @@ SCRATCH_BYTES = 1 << 28
 """A chunk unpacks the cache of as many rows at a time as fit here (at least one)."""
 
 
+@on_own_device
 def append_cuda(k: Tensor, v: Tensor, positions: Tensor, records: Tensor, tail: Tensor, lengths: Tensor,
                 balance: Tensor, capacity: int, spec: str) -> None:
     """Store k, v [B', H, n, D] at consecutive positions [n] or [B', n]; see kvarn/append.py.
 
-    A device cannot raise: a position outside the store's tiles is not written, and `capacity` is not looked at.
+    A device cannot raise: a position outside the store's tiles is not written (with method "raw", PyTorch's indexing
+    fails on the device), and `capacity` is not looked at.
 
     Raises:
         ShapeError: if k, v or positions do not fit the store.
@@ -55,6 +57,7 @@ def append_cuda(k: Tensor, v: Tensor, positions: Tensor, records: Tensor, tail: 
         append.open_(k, v, positions, records, tail, lengths, before, balance, num_warps=4, **offsets)
 
 
+@on_own_device
 def attend_cuda(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, records: Tensor, tail: Tensor, lengths: Tensor,
                 balance: Tensor, mask: Tensor | None, kv_len: int, is_causal: bool, scale: float, spec: str) -> Tensor:
     """Attention of q [B', Hq, n, D] over the store after the append of k, v; see kvarn/attention.py.

@@ -7,12 +7,10 @@ One difference from the CPU implementations: the step's own tokens are read back
 open tile (keys of 10 bits, values of 6) or, where they completed a tile, its record, and not from k and v.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from kvarn.device import channels_last, has_inline_assembly, kernel_offsets, processors
+from kvarn.device import channels_last, check_blocks, has_inline_assembly, kernel_offsets, processors
 from kvarn.errors import ShapeError
 from kvarn.kernels import combine, configs, decode, extent
 from kvarn.layout import StoreLayout
@@ -46,7 +44,7 @@ def decode_store(q: Tensor, records: Tensor, tail: Tensor, lengths: Tensor, bala
     if mask is not None:
         extent.extent(mask, visible, num_warps=4)
     q_b, q_h, q_n, _ = q.stride()
-    decode.decode(q, balance, _signs(layout, q.device), records, tail, lengths, lengths, lengths, visible, mask,
+    decode.decode(q, balance, signs(layout, q.device), records, tail, lengths, lengths, lengths, visible, mask,
                   partial, sums, (q_b, q_n, q_h, layout.record_bytes, 0), records.shape[2], kv_len, group, n, UNLIMITED,
                   scale, 0.0, config, kernel_offsets(layout), False, layout.spec.group, 0, extent.differs(mask, group),
                   has_inline_assembly(q.device))
@@ -75,8 +73,10 @@ def decode_paged(q: Tensor, cache: Tensor, table: Tensor, starts: Tensor, ends: 
         sinks: [Hq], logits that share in every softmax and have no value.
 
     Raises:
-        ShapeError: if rows have more tokens than decode takes, or q's heads are no multiple of the cache's.
+        ShapeError: if rows have more tokens than decode takes, q's heads are no multiple of the cache's, or the cache
+            is not of this layout.
     """
+    check_blocks(cache, layout)
     query_heads, rows, heads = q.shape[1], table.shape[0], cache.shape[1]
     group = query_heads // heads
     if query_heads % heads or max_count > decode_limit(group):
@@ -86,7 +86,7 @@ def decode_paged(q: Tensor, cache: Tensor, table: Tensor, starts: Tensor, ends: 
         return out
     q = channels_last(q)
     partial, sums, config = _parts(q, rows, heads, group, max_count, layout.tiles(max_end), layout)
-    decode.decode(q, balance, _signs(layout, q.device), cache, cache, table, starts, ends, ends, None, partial, sums,
+    decode.decode(q, balance, signs(layout, q.device), cache, cache, table, starts, ends, ends, None, partial, sums,
                   (0, q.stride(0), q.stride(1), cache.stride(0), cache.stride(1)), 0, max_end, group, max_count,
                   window or UNLIMITED, scale, softcap, config, kernel_offsets(layout), True, layout.page,
                   layout.spare, max_count > 1, has_inline_assembly(q.device))
@@ -105,15 +105,29 @@ def _parts(q: Tensor, rows: int, heads: int, group: int, n: int, tiles: int, lay
     return partial, sums, config
 
 
-def _signs(layout: StoreLayout, device: torch.device) -> Tensor:
-    """The Sylvester-Hadamard matrix of +-1 that decode_tiles multiplies a plane of the query by."""
+def signs(layout: StoreLayout, device: torch.device) -> Tensor:
+    """The Sylvester-Hadamard matrix of +-1 that decode_tiles multiplies a plane of the query by, made once a device.
+
+    Whoever makes a store calls this first (cache.py): what is made inside a CUDA graph, or in the run before one from
+    the graph's memory, is not for others.
+    """
     size = layout.head_dim * layout.spec.k_bits // 8
-    # What a CUDA graph makes is there only once it has run: such a matrix is not for others.
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return _make_signs.__wrapped__(size, device) if capturing else _make_signs(size, device)
+    found = _SIGNS.get((size, device))
+    if found is None:
+        found = _make_signs(size, device)
+        if not _capturing(device):
+            _SIGNS[size, device] = found
+    return found
 
 
-@lru_cache(maxsize=64)
+_SIGNS: dict[tuple[int, torch.device], Tensor] = {}
+"""At most one of each size (configs.HEAD_DIMS, configs.BITS) on a device."""
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _make_signs(size: int, device: torch.device) -> Tensor:
     index = torch.arange(size, device=device)
     odd = index[:, None] & index

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from kvarn.decode_cuda import decode_limit, decode_paged
-from kvarn.device import capability, channels_last, kernel_offsets, processors
+from kvarn.device import capability, channels_last, check_blocks, kernel_offsets, on_own_device, processors
 from kvarn.errors import ShapeError
 from kvarn.kernels import configs, paged_append, paged_unpack, raw_pages
-from kvarn.layout import ALIGN
 from kvarn.paged_layout import PagedLayout, paged_layout
 
 SCRATCH_BYTES = 1 << 28
 """A chunk unpacks as many rows at a time as fit here (at least one)."""
 
 
+@on_own_device
 def append_paged_cuda(k: Tensor, v: Tensor, cache: Tensor, table: Tensor, starts: Tensor, ends: Tensor,
                       balance: Tensor, spec: str) -> None:
     """Store a step's tokens k, v [n, H, D]; see append_paged_cpu. The step's may start at any starts[0].
@@ -67,6 +67,7 @@ def unpack_paged(k: Tensor, v: Tensor, cache: Tensor, table: Tensor, starts: Ten
     return key, value, to
 
 
+@on_own_device
 def attend_paged_cuda(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tensor, starts: Tensor, ends: Tensor,
                       balance: Tensor, max_count: int, max_end: int, scale: float, spec: str) -> Tensor:
     """Causal attention of a step's tokens q [n, Hq, D] over their rows; see attend_paged_cpu. Few tokens a row read the
@@ -133,6 +134,4 @@ def _check(k: Tensor, v: Tensor, cache: Tensor, layout: PagedLayout) -> None:
     if k.shape != v.shape or (k.shape[1], layout.record_bytes) != cache.shape[1:]:
         raise ShapeError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit a cache {tuple(cache.shape)}; valid: "
                          f"equal shapes [tokens, heads, head_dim] and a cache [blocks, heads, {layout.record_bytes}]")
-    if cache.stride(2) != 1 or cache.stride(0) % ALIGN or cache.stride(1) % ALIGN or cache.data_ptr() % ALIGN:
-        raise ShapeError(f"a cache with strides {cache.stride()}; valid on a GPU: contiguous records at multiples of "
-                         f"{ALIGN} bytes")
+    check_blocks(cache, layout)

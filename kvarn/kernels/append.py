@@ -33,7 +33,7 @@ def open_tile(
     their tokens if the tile was open already, else come from its record. Runs after quantize.close: nothing here reads
     lengths, and the record of the tile it opens is not written there.
     """
-    h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    h, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     first = tl.load(positions + b * p_b)
     last = first + n - 1
     if (first >= 0) & (last < T.to(tl.int64) * G):

@@ -141,7 +141,7 @@ def fill_blocks(
     for origin in range(0, B, 128):
         row = origin + tl.arange(0, 128)
         _, first, end = row_extent(starts, ends, row, row < B)
-        count = tl.maximum(end // G - (first + G - 1) // G, 0)
+        count = tl.where(end > first, tl.maximum(end // G - (first + G - 1) // G, 0), 0)
         after = total + tl.cumsum(count, axis=0)
         hit = (after > i) & (after - count <= i)
         found = tl.maximum(found, tl.max(tl.where(hit, row, -1), axis=0))

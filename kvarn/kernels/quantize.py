@@ -63,7 +63,7 @@ def fill_tiles(
     TOKEN: tl.constexpr, W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr,
 ):
     """Grid (tiles a chunk can complete, H, B): round the tiles that the chunk fills from end to end and goes beyond."""
-    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     first = tl.load(positions + b * p_b)
     last = first + n - 1
     tile = (first + G - 1) // G + tl.program_id(0)
@@ -96,7 +96,7 @@ def leave_tiles(
     opens into it. Most writes leave no tile: a look at all rows at once finds that out.
     Formulas: kvarn/append.py (semantics), kvarn/closed.py (record).
     """
-    i, h = tl.program_id(0), tl.program_id(1)
+    i, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     origin = tl.program_id(2) * per
     row = origin + tl.arange(0, LOOK)
     own_row = (row < origin + per) & (row < rows)

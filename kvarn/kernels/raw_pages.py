@@ -52,7 +52,7 @@ def write_raw(
     b = row_of_token(starts, token, B, steps)
     start, first, end = row_extent(starts, ends, b, b >= 0)
     position = first + token - start
-    if (token >= start) & (position < end):
+    if (token >= start) & (first < end) & (position < end):
         blocks, channel = table + b.to(tl.int64) * t_b, tl.arange(0, BLOCK)
         inside, slot = channel < D, position % G
         x = tl.load(k + token.to(tl.int64) * k_t + h * k_h + channel, mask=inside)

@@ -23,7 +23,6 @@ from kvarn.kernels.quarters import square_sum
 from kvarn.kernels.tail import word_code, word_key, word_scale, word_value
 
 _STEP2 = tl.constexpr(0.9957)
-_STEP3 = tl.constexpr(0.5860)
 _STEP4 = tl.constexpr(0.3352)
 
 
@@ -170,8 +169,6 @@ def value_step(v, w, m, length, Q: tl.constexpr, BITS: tl.constexpr):
     rms = tl.sqrt_rn(length / (4 * Q))
     if BITS == 2:
         return rms * _STEP2
-    elif BITS == 3:
-        return rms * _STEP3
     else:
         return rms * _STEP4
 

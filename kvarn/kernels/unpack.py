@@ -32,7 +32,7 @@ def unpack_tiles(
     EXACT_AT: tl.constexpr, WORDS: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
 ):
     """Grid (blocks of R tokens, H, B). K = (K_hat H) / balance, V = V_hat H; the chunk's own tokens stand unrounded."""
-    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     tile = (tl.program_id(0) * R) // G
     tok = exchanged(tl.program_id(0) * R - tile * G + tl.arange(0, R))
     pos = tile * G + tok

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
@@ -98,4 +99,4 @@ class KVarnBackend(AttentionBackend):
     @classmethod
     def supports_combination(cls, head_size_: int, *args, **kwargs) -> str | None:
         """The reason why a layer's head size is refused, if it is."""
-        return next((str(refusal) for refusal in head_size(head_size_, cls.settings())), None)
+        return next(map(str, head_size(head_size_, cls.settings(), current_platform.device_type)), None)

@@ -1,6 +1,7 @@
 """Balanced keys: each layer's scale, from the weights or from the file that `kvarn balance` writes.
 
-Nothing is drawn at random: every rank and every restart has the same.
+Nothing is drawn at random: every restart has the same. A rank computes those of its own KV heads; where ranks share a
+KV head, each from its own queries, with which alone it attends.
 """
 
 from functools import lru_cache
@@ -18,6 +19,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from kvarn.balance import from_weights
 from kvarn.errors import SpecError
 from kvarn.frame import unit_balance
+from kvarn_compile.vllm.limits import DRAFT
 from kvarn_compile.vllm.settings import OFF, WEIGHTS, Settings
 
 logger = init_logger("vllm.kvarn")
@@ -42,8 +44,9 @@ def check(settings: Settings, config) -> None:
 
 
 def layer_scale(settings: Settings, layer_name: str, heads: int, head_dim: int, device: torch.device) -> torch.Tensor:
-    """The scale [heads, head_dim] float32 of this rank's KV heads of a layer, from the file; ones without one."""
-    if settings.balance in (OFF, WEIGHTS) or not settings.spec.rotated:
+    """The scale [heads, head_dim] float32 of this rank's KV heads of a layer, from the file; ones without one, and for
+    a draft model, which the file is not of."""
+    if settings.balance in (OFF, WEIGHTS) or not settings.spec.rotated or layer_name.startswith(DRAFT):
         return unit_balance(heads, head_dim, device)
     scale = _read(settings.balance)[f"layers.{extract_layer_index(layer_name)}"]
     first = get_tensor_model_parallel_rank() * scale.shape[0] // get_tensor_model_parallel_world_size()

@@ -37,7 +37,7 @@ class KVarnImpl(AttentionImpl[TileMetadata]):
             raise UnsupportedEngine(refused)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
-        self.kv_cache_dtype = kv_cache_dtype
+        self.kv_cache_dtype, self.engine = kv_cache_dtype, config.instance_id
         self.settings = Settings.of(config.additional_config)
         self.balance: Tensor | None = None
         self.balances_from_weights = self.settings.spec.rotated and self.settings.balance == WEIGHTS
@@ -64,7 +64,7 @@ class KVarnImpl(AttentionImpl[TileMetadata]):
             self.balance = layer_scale(self.settings, layer.layer_name, self.num_kv_heads, self.head_size, query.device)
         if attn_metadata is None:
             if query.is_cuda:
-                compile_kernels(self.shape, self.flash, query.device)
+                compile_kernels(self.engine, self.shape, self.flash, query.device)
             return output.zero_()
         step, cache, spec = attn_metadata, kv_cache.squeeze(2), self.layout.spec.key
         k, v = key[: step.tokens], value[: step.tokens]

@@ -11,6 +11,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadata,
@@ -19,7 +21,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from kvarn_compile.vllm.limits import decode_tokens, scratch_tokens
+from kvarn_compile.vllm.limits import DRAFT, decode_tokens, heads_per_kv_head, scratch_tokens, tokens_beyond
 from kvarn_compile.vllm.spec import TileSpec
 
 
@@ -78,16 +80,20 @@ class TileMetadataBuilder(AttentionMetadataBuilder[TileMetadata]):
 
     def __init__(self, kv_cache_spec: TileSpec, layer_names: list[str], vllm_config, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        speculative = decode_tokens(vllm_config, kv_cache_spec.num_kv_heads) > 1
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=speculative)
+        self._beyond = tokens_beyond(vllm_config) if all(name.startswith(DRAFT) for name in layer_names) else 0
+        self._init_reorder_batch_threshold(
+            decode_tokens(vllm_config, heads_per_kv_head(vllm_config, layer_names), self._beyond))
         self._scratch_tokens = scratch_tokens(vllm_config)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
-        """Batches of decodes; those of a speculating engine too, if the decode kernel takes that many tokens."""
-        specs = getattr(kv_cache_spec, "kv_cache_specs", {"": kv_cache_spec}).values()  # of several shapes, or of one
+        """Batches of decodes; those of a speculating engine too, if the decode kernel takes that many tokens of the
+        target's layers: a draft model's steps are not captured."""
+        layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+        target = [name for name, layer in layers.items()
+                  if not name.startswith(DRAFT) and layer.get_attn_backend().get_builder_cls() is cls]
         wanted = 1 + vllm_config.num_speculative_tokens
-        if any(decode_tokens(vllm_config, spec.num_kv_heads) < wanted for spec in specs):
+        if decode_tokens(vllm_config, heads_per_kv_head(vllm_config, target)) < wanted:
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return cls._cudagraph_support
 
@@ -105,7 +111,7 @@ class TileMetadataBuilder(AttentionMetadataBuilder[TileMetadata]):
 
     def _prompts(self, m: CommonAttentionMetadata, first: int):
         """The rows from `first` on, in parts: rows times the longest is bounded, which any one row is."""
-        starts, ends = m.query_start_loc_cpu.tolist(), _host_lengths(m)
+        starts, ends = m.query_start_loc_cpu.tolist(), [end + self._beyond for end in _host_lengths(m)]
         while first < m.num_reqs:
             last, longest = first + 1, ends[first]
             while last < m.num_reqs and (last + 1 - first) * max(longest, ends[last]) <= self._scratch_tokens:

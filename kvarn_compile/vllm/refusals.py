@@ -7,7 +7,8 @@ from enum import Enum
 import torch
 
 import kvarn.paged_ops  # noqa: F401  (defines the ops)
-from kvarn.errors import KVarnError
+from kvarn.device import check_head_dim, check_spec
+from kvarn.errors import KVarnError, ShapeError, SpecError
 from kvarn.paged_layout import PagedLayout
 from kvarn.spec import HEAD_DIMS
 from kvarn_compile.vllm.settings import Settings
@@ -61,13 +62,14 @@ def check(config, settings: Settings) -> None:
     Raises:
         UnsupportedEngine: if there is one.
     """
-    refusals = [*_model(config.model_config, settings), *_preset(settings), *_serving(config),
+    device = config.device_config.device_type
+    refusals = [*_model(config.model_config, settings, device), *_preset(settings, device), *_serving(config),
                 *_speculation(config, settings), *_block_size(config, settings)]
     if refusals:
         raise UnsupportedEngine(refusals)
 
 
-def _model(model, settings: Settings) -> Iterator[Refusal]:
+def _model(model, settings: Settings, device: str) -> Iterator[Refusal]:
     """Of a ModelConfig: the target's, or that of a model that drafts for it."""
     if model.use_mla:
         yield Refusal(Reason.MLA, "latent attention has no keys and values per head to pack", STOCK)
@@ -78,7 +80,7 @@ def _model(model, settings: Settings) -> Iterator[Refusal]:
     windows = model.get_sliding_window() is not None
     if windows and "full_attention" not in (getattr(model.hf_text_config, "layer_types", None) or ()):
         yield Refusal(Reason.SLIDING_WINDOW, "every layer has a window, and windows stay in vLLM's own format", STOCK)
-    yield from head_size(model.get_head_size(), settings)
+    yield from head_size(model.get_head_size(), settings, device)
 
 
 def has_window(config) -> bool:
@@ -86,17 +88,29 @@ def has_window(config) -> bool:
     return config.model_config.get_sliding_window() is not None
 
 
-def head_size(size: int, settings: Settings) -> Iterator[Refusal]:
-    """The refusal of one layer's head size, if any."""
-    if settings.spec.rotated and size not in HEAD_DIMS:
-        yield Refusal(Reason.HEAD_SIZE, f"{size} channels cannot be rotated; valid: {HEAD_DIMS}",
-                      "use preset k16v16, or " + STOCK)
+def head_size(size: int, settings: Settings, device: str) -> Iterator[Refusal]:
+    """The refusal of one layer's head size on a device of this type, if any."""
+    instead = "use preset k16v16, or " + STOCK
+    if not settings.spec.rotated:
+        return
+    if size not in HEAD_DIMS:
+        yield Refusal(Reason.HEAD_SIZE, f"{size} channels cannot be rotated; valid: {HEAD_DIMS}", instead)
+    elif device == "cuda":
+        try:
+            check_head_dim(size)
+        except ShapeError as error:
+            yield Refusal(Reason.HEAD_SIZE, str(error), instead)
 
 
-def _preset(settings: Settings) -> Iterator[Refusal]:
+def _preset(settings: Settings, device: str) -> Iterator[Refusal]:
     if settings.spec.sink:
         yield Refusal(Reason.PRESET, f"{settings.spec.key} keeps a sequence's first tile in 16 bits, for which a paged "
                       "cache has no place", "use k4v2_g128")
+    elif device == "cuda" and settings.spec.rotated:
+        try:
+            check_spec(settings.spec)
+        except SpecError as error:
+            yield Refusal(Reason.PRESET, str(error), "use k4v2_g128")
 
 
 def _serving(config) -> Iterator[Refusal]:
@@ -116,18 +130,18 @@ def _serving(config) -> Iterator[Refusal]:
 
 
 def _speculation(config, settings: Settings) -> Iterator[Refusal]:
-    speculative = config.speculative_config
+    speculative, device = config.speculative_config, config.device_config.device_type
     if speculative is None:
         return
     models = [config.model_config]
     if speculative.method == "draft_model":
         models.append(speculative.draft_model_config)
-        yield from _model(models[1], settings)
+        yield from _model(models[1], settings, device)
     elif speculative.method != "ngram":
         yield Refusal(Reason.SPECULATION, f"method {speculative.method!r} is not proven yet",
                       "use ngram or a draft model")
     sizes = [model.get_head_size() for model in models]
-    if settings.spec.sink or any(any(head_size(size, settings)) for size in sizes):
+    if settings.spec.sink or any(any(head_size(size, settings, device)) for size in sizes):
         return  # refused already: there is no page
     page = min(PagedLayout(settings.spec, size, torch.bfloat16).page for size in sizes)
     if speculative.num_speculative_tokens >= page:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvarn.paged_layout import PagedLayout
-from kvarn_compile.vllm.limits import decode_tokens, scratch_tokens
+from kvarn_compile.vllm.limits import decode_tokens, scratch_tokens, tokens_beyond
 from kvarn_compile.vllm.metadata import Prompts
 from kvarn_compile.vllm.prompts import Flash
 
@@ -26,7 +26,7 @@ class Shape:
         heads, kv_heads, scale: of its attention, on this rank.
         rows, tokens: the most of a step.
         length: the most tokens of a row.
-        decode: the most new tokens of a decode.
+        decode: the most new tokens of a decode, of a draft model's too.
         scratch: the most keys that are unpacked together.
     """
 
@@ -45,7 +45,8 @@ class Shape:
         """Of a layer in an engine of this VllmConfig."""
         scheduler = config.scheduler_config
         return Shape(layout, heads, kv_heads, scale, scheduler.max_num_seqs, scheduler.max_num_batched_tokens,
-                     config.model_config.max_model_len, decode_tokens(config, kv_heads), scratch_tokens(config))
+                     config.model_config.max_model_len,
+                     decode_tokens(config, heads // kv_heads, tokens_beyond(config)), scratch_tokens(config))
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,17 @@ def prompts(shape: Shape) -> list[Step]:
     counts = sorted({min(count, most) for count in (shape.decode + 1, group - 1, group, 2 * group + 3, most)})
     steps = [Step(rows, count, end) for count in counts for rows in (1, 2)
              for end in sorted({count, min(count + group + 1, shape.length)})]
-    rows = min(shape.scratch // shape.length, shape.rows, shape.tokens)
-    steps.append(Step(rows, min(most, shape.tokens // rows), shape.length))
+    rows = min(-(-shape.scratch // shape.length), shape.rows, shape.tokens)
+    end = min(shape.length, shape.scratch // rows)
+    steps.append(Step(rows, min(end, shape.tokens // rows), end))
     return [step for step in steps if step.rows * step.count <= shape.tokens and step.rows <= shape.rows]
 
 
 @lru_cache(maxsize=16)
-def compile_kernels(shape: Shape, flash: Flash | None, device: torch.device) -> None:
-    """Run every step once: the first layer of a shape does, the others find it done."""
+def compile_kernels(engine: str, shape: Shape, flash: Flash | None, device: torch.device) -> None:
+    """Run every step once: an engine's first layer of a shape does, the others find it done. Another engine
+    (VllmConfig.instance_id) runs them again: compiled they are, but its own profile run has to see the scratch.
+    """
     layout = shape.layout
     block = torch.zeros(1, shape.kv_heads, layout.record_bytes, dtype=torch.uint8, device=device)
     balance = torch.ones(shape.kv_heads, layout.head_dim, device=device)

@@ -1,6 +1,6 @@
 """Compile kernels as they are launched, for GPUs that need not be here, and report what ptxas made of them.
 
-    python compiled.py sm_90 close decode ...   prints {kernel: {"registers", "stack", "matrix", ...}} as JSON
+    python compiled.py sm_90 fill-128 decode-64 ...   prints {kernel: {"warps", "registers", "stack", ...}} as JSON
 
 Run as a program of its own: TRITON_INTERPRET, which the tests set, turns kernels into Python functions.
 """
@@ -45,8 +45,9 @@ def build(kernel, constants, num_warps, num_stages, maxnreg, types, capability: 
                        for flag in ("--dump-resource-usage", "--dump-sass"))
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     groups = len(re.findall(r"warp_group_dot |tc_gen5_mma", binary.asm["ttgir"]))
-    return {"registers": int(registers), "stack": int(stack), "matrix": len(re.findall(r"\b[HQ]G?MMA\b", code)),
-            "groups": groups, "local": len(re.findall(r"\b(?:LDL|STL)\b", code)), "instructions": code.count(";")}
+    return {"warps": num_warps, "registers": int(registers), "stack": int(stack),
+            "matrix": len(re.findall(r"\b[HQ]G?MMA\b", code)), "groups": groups,
+            "local": len(re.findall(r"\b(?:LDL|STL)\b", code)), "instructions": code.count(";")}
 
 
 def main(target: str, *names: str) -> None:

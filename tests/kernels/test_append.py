@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from stores import DEVICE, error, expected, read, tokens, twins, write
+from stores import DEVICE, balance, error, expected, read, tokens, twins, write
 
+from kvarn.append import append_cpu
+from kvarn.cache import PackedCache
+from kvarn.cuda import append_cuda
 from kvarn.errors import ShapeError, SpecError
 from kvarn.frame import keys_in, values_in
 from kvarn.quantize import encode
@@ -48,6 +51,29 @@ def test_fewer_rows_than_the_store_and_shared_positions():
     write(cpu, gpu, k, v, torch.arange(70))
     same(cpu, gpu)
     assert gpu.lengths.tolist() == [70, 70, 0] and not gpu.records[2].any() and not gpu.tail[2].any()
+
+
+def test_a_balance_of_any_strides():
+    cpu, gpu = (PackedCache.empty("k4v2_g64", 1, 2, 100, 64, torch.float32, device, balance(2, 64).t().contiguous().t())
+                for device in ("cpu", DEVICE))
+    k, v = tokens(1, 2, 70, 64, torch.float32, 0)
+    write(cpu, gpu, k, v, torch.arange(70))
+    same(cpu, gpu)
+
+
+def test_heads_further_apart_than_32_bits_count():
+    """A chunk of a million tokens, or any other stride: three heads, of which the last begins 2^31 entries on."""
+    cpu, gpu = twins("k4v2_g64", 1, 3, 200, 64, torch.float16)
+    plain = tokens(1, 3, 150, 64, torch.float16, 0)
+    apart = []
+    for x in plain:
+        apart.append(torch.empty((1 << 31) + 150 * 64, dtype=x.dtype, device=DEVICE)  # its pages are never touched
+                     .as_strided(x.shape, (1, 1 << 30, 64, 1)))
+        apart[-1].copy_(x)
+    positions = torch.arange(150)
+    append_cpu(*plain, positions, *cpu.tensors(), cpu.capacity, cpu.spec.key)
+    append_cuda(*apart, positions.to(DEVICE), *gpu.tensors(), gpu.capacity, gpu.spec.key)
+    same(cpu, gpu)
 
 
 def test_a_position_outside_the_capacity_writes_nothing():

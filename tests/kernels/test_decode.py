@@ -4,8 +4,10 @@ import pytest
 import torch
 from stores import DEVICE, error, expected, read, tokens, twins
 
+from kvarn import decode_cuda
 from kvarn.append import append_cpu
-from kvarn.spec import QuantSpec
+from kvarn.layout import store_layout
+from kvarn.spec import PRESETS, QuantSpec
 
 CAPACITY = 300
 LEAST = torch.finfo(torch.float32).min
@@ -95,3 +97,15 @@ def test_never_written_store_reads_zeros():
     k, v = tokens(1, 2, 1, 64, torch.float32, 0)
     out = read(gpu, torch.randn(1, 2, 1, 64), k, v, torch.tensor([[0]]), None, 192)
     assert not out.any()
+
+
+def test_graphs_use_the_sign_matrix_made_before_and_keep_none_of_theirs(monkeypatch):
+    layout, device = store_layout(PRESETS["k4v2_g128"].key, 64, torch.float16), torch.device(DEVICE)
+    monkeypatch.setattr(decode_cuda, "_SIGNS", {})
+    monkeypatch.setattr(decode_cuda, "_capturing", lambda device: True)
+    assert decode_cuda.signs(layout, device) is not decode_cuda.signs(layout, device)
+    monkeypatch.setattr(decode_cuda, "_capturing", lambda device: False)
+    made = decode_cuda.signs(layout, device)
+    monkeypatch.setattr(decode_cuda, "_capturing", lambda device: True)
+    assert decode_cuda.signs(layout, device) is made
+    assert (made.float() @ made.float().T).equal(32 * torch.eye(32, device=device))

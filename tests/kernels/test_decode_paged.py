@@ -169,3 +169,13 @@ def test_more_tokens_than_decode_takes_are_refused():
     assert decode_limit(1) == 64 and decode_limit(5) == 12 and decode_limit(100) == 1
     with pytest.raises(ShapeError, match="at most 32 tokens"):
         Step((40,), (33,)).run()
+
+
+@pytest.mark.parametrize("records, words", [(lambda cache: torch.cat([cache, cache[..., :16]], 2), "valid: .blocks"),
+                                            (lambda cache: cache.new_zeros(*cache.shape[:2], 9 + cache.shape[2])
+                                             [..., 9:].copy_(cache), "strides")])
+def test_a_cache_that_would_be_misread_is_refused(records, words):
+    """Records of another size; records at odd addresses."""
+    step = Step((40,), (1,))
+    with pytest.raises(ShapeError, match=words):
+        step.run(records(step.cache).to(DEVICE))

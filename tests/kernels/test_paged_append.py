@@ -77,6 +77,20 @@ def test_padding_and_rows_without_tokens_write_nothing():
     assert pages.gpu.equal(before)
 
 
+@pytest.mark.parametrize("spec", ["k4v2_g128", "k16v16"])
+def test_a_row_without_tokens_may_have_any_length(spec):
+    """Its length is near int32's end, where sums wrap: behind a row that fills tiles, and behind padding."""
+    pages = Pages(spec, 64, torch.float16)
+    k, v = pages.new((256, 0, 0))
+    table, starts, ends = pages.where((256, 0, 0))
+    ends[1:] = 2**31 - 1
+    append_paged_cpu(k, v, pages.cpu, table[:1], starts[:2], ends[:1], pages.balance, pages.spec.key)
+    joint = torch.cat([torch.stack([k, v], 1), torch.zeros(140, 2, *k.shape[1:], dtype=k.dtype)])
+    append_paged_cuda(*joint.to(DEVICE).unbind(1), pages.gpu, *(x.to(DEVICE) for x in (
+        table, starts, ends, pages.balance)), pages.spec.key)
+    assert (pages.gpu.cpu() != pages.cpu).double().mean() < NEARLY_ALL
+
+
 def test_nan_and_infinity_do_not_reach_other_tokens():
     pages = Pages("k4v2_g128", 64, torch.float16, rows=1)
     k, v = pages.new((129,))

@@ -13,7 +13,7 @@ from serving import configure, greedy, prompts  # noqa: E402
 from kvarn import SpecError  # noqa: E402
 from kvarn.errors import KVarnError  # noqa: E402
 from kvarn.paged_layout import paged_layout  # noqa: E402
-from kvarn.spec import PRESETS  # noqa: E402
+from kvarn.spec import PRESETS, QuantSpec  # noqa: E402
 from kvarn_compile.vllm.refusals import Reason, UnsupportedEngine, check  # noqa: E402
 from kvarn_compile.vllm.settings import Settings  # noqa: E402
 
@@ -125,6 +125,19 @@ def test_what_vllm_itself_stops_earlier_on_a_cpu(change, reason):
     with pytest.raises(UnsupportedEngine) as error:
         check(stand_in(**change), Settings.of({}))
     assert [refusal.reason for refusal in error.value.refusals] == [reason]
+
+
+@pytest.mark.parametrize("size, settings, reason, words", [
+    (32, Settings(PRESETS["k4v2_g128"]), Reason.HEAD_SIZE, "head_dim=32 .*(64, 128, 256)"),
+    (64, Settings(QuantSpec(3, 2, 128)), Reason.PRESET, "k3v2.*(2, 4, 8)"),
+])
+def test_what_has_no_kernels_is_refused_on_a_gpu_alone(size, settings, reason, words):
+    change = {"model_config__get_head_size": lambda: size}
+    check(stand_in(**change), settings)
+    with pytest.raises(UnsupportedEngine, match=words) as error:
+        check(stand_in(device_config__device_type="cuda", **change), settings)
+    assert [refusal.reason for refusal in error.value.refusals] == [reason]
+    check(stand_in(device_config__device_type="cuda", **change), Settings(PRESETS["k16v16"]))
 
 
 @pytest.mark.parametrize("change, reason", [

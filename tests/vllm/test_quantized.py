@@ -16,6 +16,7 @@ from kvarn.balance import from_weights
 from kvarn.paged_layout import paged_layout
 from kvarn.spec import PRESETS
 from kvarn_compile.vllm import balance
+from kvarn_compile.vllm.settings import Settings
 
 
 def capacity(llm):
@@ -95,6 +96,15 @@ def test_balanced_keys_from_weights(engines, tmp_path_factory, monkeypatch):
     for layer in off.llm_engine.vllm_config.compilation_config.static_forward_context.values():
         assert (layer.impl.balance == 1).all()
     assert error["on"] < error["off"]
+
+
+def test_a_balance_file_is_not_of_the_draft_model(tmp_path):
+    """Its layers may have other shapes, and any numbers would be those of the target's layers."""
+    file = tmp_path / "balance.safetensors"
+    save_file({"layers.0": torch.full((2, 64), 3.0)}, file)
+    settings = Settings(PRESETS["k4v2_g128"], str(file))
+    scale = balance.layer_scale(settings, "draft_model.model.layers.0.self_attn.attn", 4, 128, torch.device("cpu"))
+    assert scale.equal(torch.ones(4, 128))
 
 
 def test_a_balance_file_of_another_model_is_refused(llama, tmp_path):

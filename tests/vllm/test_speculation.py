@@ -6,6 +6,8 @@ pytest.importorskip("vllm.engine.arg_utils", reason="vLLM is not installed")
 import small_models
 from serving import greedy, prompts, scheduler
 
+from kvarn_compile.vllm.metadata import TileMetadataBuilder
+
 DRAFTS = 5
 
 
@@ -38,6 +40,21 @@ def count_drafts(llm, monkeypatch):
     return lambda: [sum(x) for x in zip(*seen, strict=True)]
 
 
+def longest_rows(monkeypatch):
+    """For each part of a step from now on: the length of its longest row on the device, and by its metadata; and
+    whether it is of prompts."""
+    seen, original = [], TileMetadataBuilder.build
+
+    def build(*args, **kwargs):
+        step = original(*args, **kwargs)
+        parts = [*step.prompts, *([step.decodes] if step.decodes else [])]
+        seen.extend((int(rows.ends.max()), rows.max_end, rows in step.prompts) for rows in parts)
+        return step
+
+    monkeypatch.setattr(TileMetadataBuilder, "build", build)
+    return seen
+
+
 @pytest.mark.parametrize("shape", [{"layers": 2}, {"layers": 1},
                                    {"layers": 1, "heads": 2, "kv_heads": 1, "hidden": 64}])
 def test_a_draft_model(engines, llama, stock, tmp_path_factory, monkeypatch, shape):
@@ -47,7 +64,10 @@ def test_a_draft_model(engines, llama, stock, tmp_path_factory, monkeypatch, sha
         "method": "draft_model", "model": str(draft), "num_speculative_tokens": 3})
     drafts = count_drafts(ours, monkeypatch)
     texts = prompts(1, 100, 126, 127, 128, 129, 300, seed=3)
+    lengths = longest_rows(monkeypatch)
     assert greedy(ours, texts, 60) == greedy(stock, texts, 60)
+    assert {prompt for _, _, prompt in lengths} == {False, True}
+    assert all(actual <= planned for actual, planned, _ in lengths)
     drafted, accepted = drafts()
     assert drafted > 300
     assert accepted == drafted if shape["layers"] == 2 else accepted < 10

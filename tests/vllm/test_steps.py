@@ -7,24 +7,47 @@ import pytest
 pytest.importorskip("vllm.engine.arg_utils", reason="vLLM is not installed")
 import torch
 from serving import configure, greedy, layers, prompts
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from kvarn.paged import _open_pages, _tail
 from kvarn.paged_layout import paged_layout
 from kvarn.raw import read_raw
 from kvarn.spec import PRESETS
-from kvarn_compile.vllm import impl, limits
+from kvarn_compile.vllm import impl, warmup
+from kvarn_compile.vllm.backend import KVarnBackend
 from kvarn_compile.vllm.metadata import TileMetadataBuilder
 from kvarn_compile.vllm.prompts import Flash
 from kvarn_compile.vllm.warmup import Shape, Step, decodes
 from kvarn_compile.vllm.warmup import prompts as chunks
 
+TARGET, DRAFT = "model.layers.0.self_attn.attn", "draft_model.model.layers.0.self_attn.attn"
+
+
+class Layer(AttentionLayerBase):
+    """What is asked of an attention layer."""
+
+    def __init__(self, num_heads, num_kv_heads):
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+
+    def get_attn_backend(self):
+        return KVarnBackend
+
+    def get_kv_cache_spec(self, vllm_config):
+        return None
+
+
+def build_for(config, *names, **heads):
+    """A builder for the layers of these names in an engine of `config`, which has 4 query heads and 2 KV heads."""
+    for name in (TARGET, DRAFT):
+        config.compilation_config.static_forward_context[name] = Layer(*heads.get(name.split(".")[0], (4, 2)))
+    return TileMetadataBuilder(SimpleNamespace(), list(names), config, torch.device("cpu"))
+
 
 @pytest.fixture(scope="module")
 def builder(llama):
     """A builder whose scratch takes 600 keys."""
-    config = configure(llama, kv_cache_dtype="kvarn_k16v16")
-    made = TileMetadataBuilder(SimpleNamespace(num_kv_heads=2), ["layer"], config, torch.device("cpu"))
+    made = build_for(configure(llama, kv_cache_dtype="kvarn_k16v16"), TARGET)
     made._scratch_tokens = 600
     return made
 
@@ -71,22 +94,58 @@ def test_parts_fit_the_scratch(builder):
         (0, 3, 200), (3, 4, 450), (4, 6, 100), (6, 7, 700)]
 
 
-def speculating(llama, monkeypatch, limit):
-    monkeypatch.setattr(limits, "decode_tokens", lambda config, heads: 6 if limit >= 6 else 1)
-    monkeypatch.setattr("kvarn_compile.vllm.metadata.decode_tokens", limits.decode_tokens)
+def with_draft_model(llama):
     return configure(llama, kv_cache_dtype="kvarn_k16v16", speculative_config={
-        "method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 2})
+        "method": "draft_model", "model": str(llama), "num_speculative_tokens": 3})
 
 
-@pytest.mark.parametrize("limit, support, rows", [(8, AttentionCGSupport.UNIFORM_BATCH, 2),
-                                                  (4, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, 1)])
-def test_drafts_are_decodes_if_the_kernel_takes_them(llama, monkeypatch, limit, support, rows):
-    config, spec = speculating(llama, monkeypatch, limit), SimpleNamespace(num_kv_heads=2)
-    assert TileMetadataBuilder.get_cudagraph_support(config, spec) == support
-    made = TileMetadataBuilder(spec, ["layer"], config, torch.device("cpu"))
+def test_a_draft_model_has_a_token_more_than_the_host_knows(llama):
+    """vLLM lengthens its rows on the device alone: sizes that follow from the host's lengths would be too small."""
+    for names, end, fresh in (([DRAFT], 101, True), ([TARGET, DRAFT], 100, False)):
+        (rows,) = build_for(with_draft_model(llama), *names).build(0, common([101], [100])).prompts
+        assert (rows.max_end, rows.fresh) == (end, fresh)
+
+
+@pytest.mark.parametrize("names, rows", [([DRAFT], 2), ([TARGET, DRAFT], 0), ([TARGET], 0)])
+def test_a_draft_models_first_pass_is_of_decodes(llama, names, rows):
+    """Its rows have one token more than the target's, which may be 4; a longer one stays a prompt."""
+    step = build_for(with_draft_model(llama), *names).build(0, common([5, 5, 6], [40, 50, 60]))
+    assert (len(step.decodes.ends) if step.decodes else 0) == rows
+    assert sum(len(part.ends) for part in step.prompts) == 3 - rows
+
+
+def on_a_gpu(config, monkeypatch, query_rows):
+    """`config` as a GPU's, whose decode kernel takes that many query rows."""
+    monkeypatch.setattr(config.device_config, "device_type", "cuda")
+    monkeypatch.setattr("kvarn.kernels.configs.DECODE_ROWS", query_rows)
+    return config
+
+
+@pytest.mark.parametrize("query_rows, support, rows", [(16, AttentionCGSupport.UNIFORM_BATCH, 2),
+                                                       (8, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, 1)])
+def test_drafts_are_decodes_if_the_kernel_takes_them(llama, monkeypatch, query_rows, support, rows):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    config = on_a_gpu(configure(llama, kv_cache_dtype="kvarn_k16v16", speculative_config={
+        "method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 2}), monkeypatch, query_rows)
+    made = build_for(config, TARGET)
+    assert TileMetadataBuilder.get_cudagraph_support(config, SimpleNamespace()) == support
     step = made.build(0, common([1, 6, 64], [40, 50, 64]))
     assert step.decodes.table.shape[0] == rows
     assert step.decodes.max_count == (6 if rows == 2 else 1)
+
+
+@pytest.mark.parametrize("query_rows, target, draft", [(80, 4, 5), (64, 4, 4), (48, 4, 1)])
+def test_each_model_has_its_own_query_heads(llama, monkeypatch, query_rows, target, draft):
+    """16 per KV head in the draft, 2 in the target: its decodes, and what can be captured, are as without the draft."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    config = on_a_gpu(with_draft_model(llama), monkeypatch, query_rows)
+    heads = {"draft_model": (16, 1)}
+    assert build_for(config, TARGET, **heads).reorder_batch_threshold == target
+    assert build_for(config, DRAFT, **heads).reorder_batch_threshold == draft
+    spec = SimpleNamespace(num_kv_heads=1)  # of the draft's layers
+    assert TileMetadataBuilder.get_cudagraph_support(config, spec) == AttentionCGSupport.UNIFORM_BATCH
+    layout = paged_layout(PRESETS["k4v2_g128"].key, 64, torch.bfloat16)
+    assert Shape.of(config, layout, 16, 1, 0.125).decode == draft
 
 
 def test_what_is_compiled_at_start_up():
@@ -96,9 +155,20 @@ def test_what_is_compiled_at_start_up():
     assert {step.count for step in decodes(shape)} == {1, 2}
     assert Step(6, 1, 1000) in decodes(shape)
     some = chunks(shape)
-    assert Step(1, 512, 1000) in some  # the largest scratch
+    assert max(step.rows * step.end for step in some if step.end > step.count) == 1512  # the largest scratch
     assert {step.count > step.end - step.count > 0 for step in some} == {True, False}  # history that a chunk completes
     assert all(step.rows * step.count <= 512 and step.count <= step.end <= 1000 for step in some)
+
+
+def test_every_engine_runs_its_own_warm_up(llama, monkeypatch):
+    """Kernels that another one compiled are there, but the scratch has to show in this one's profile run."""
+    names, ran = [configure(llama, kv_cache_dtype="kvarn_k4v2_g128").instance_id for _ in range(2)], []
+    monkeypatch.setattr(warmup, "_run", lambda step, *args: ran.append(step))
+    layout = paged_layout(PRESETS["k4v2_g128"].key, 64, torch.bfloat16)
+    shape = Shape(layout, 4, 2, 0.125, rows=6, tokens=512, length=1000, decode=2, scratch=1512)
+    for name in (names[0], names[0], names[1]):
+        warmup.compile_kernels(name, shape, None, torch.device("cpu"))
+    assert ran == 2 * (decodes(shape) + chunks(shape))
 
 
 def varlen(q, k, v, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, fa_version):
