@@ -1,7 +1,8 @@
 """What every benchmark shares: timing, the card's copy bandwidth, random stores, CSV rows.
 
 A benchmark checks its result first and raises if it is wrong; then it measures, prints a line and appends a row with
-the card, the versions and the date. Times are medians of CUDA-graph replays, so launch gaps of Python do not count.
+the card, the versions, the date and the commit. Times are medians of CUDA-graph replays, so launch gaps of Python do
+not count.
 """
 
 import csv
@@ -9,6 +10,7 @@ import datetime
 import os
 import pathlib
 import statistics
+import subprocess
 
 import torch
 import triton
@@ -83,10 +85,19 @@ def paged_store(store: PackedCache, tokens: int, spare: int = 0) -> tuple[torch.
     return cache, table, layout
 
 
+def commit() -> str:
+    """The commit measured: $COMMIT where a copy without its history runs, else git's word for the working tree."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
+    ask = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
+    found = subprocess.run(ask, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
 def write_rows(name: str, rows: list[dict]) -> None:
-    """Append rows to results/<name>.csv, each with the card, versions and date."""
+    """Append rows to results/<name>.csv, each with the card, versions, date and commit."""
     where = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-             "date": datetime.date.today().isoformat()}
+             "date": datetime.date.today().isoformat(), "commit": commit()}
     path = RESULTS / f"{name}.csv"
     new = not path.exists()
     with path.open("a", newline="") as file:

@@ -7,18 +7,35 @@ from pathlib import Path
 HERE = Path(__file__).parent
 DOC = HERE.parent / "docs" / "kernels.md"
 COLUMNS = {
-    "decode": ("batch", "kv_heads", "group", "tokens", "head_dim", "ms", "packed_gb_s", "bf16_read_ms", "times_faster",
-               "sdpa_ms", "error"),
-    "growth": ("batch", "tokens", "ms", "packed_gb_s", "times_faster"),
-    "write": ("what", "head_dim", "warps", "maxnreg", "ms", "of_copy", "bf16_write_ms", "bytes_differ"),
+    "against_fa3": ("batch", "kv_heads", "group", "tokens", "head_dim", "ms", "fa3_ms", "times_faster", "error"),
+    "decode": ("card", "commit", "batch", "kv_heads", "group", "tokens", "head_dim", "ms", "packed_gb_s",
+               "bf16_read_ms", "times_faster", "sdpa_ms"),
+    "explore_decode": ("batch", "heads", "group", "tokens", "dim", "n", "paged", "splits", "num_warps", "num_stages",
+                       "maxnreg", "ms", "times_faster"),
+    "growth": ("card", "commit", "batch", "tokens", "ms", "packed_gb_s", "times_faster"),
+    "write": ("card", "commit", "what", "head_dim", "warps", "maxnreg", "ms", "of_copy", "bf16_write_ms",
+              "bytes_differ"),
     "prefill": ("history", "chunk", "kv_heads", "group", "head_dim", "ms", "sdpa_masked_ms", "sdpa_unmasked_ms",
                 "error"),
+    "end_to_end": ("backend", "batch", "tokens", "capacity", "layers", "mode", "tokens_per_second", "ms_per_step",
+                   "cache_bytes", "peak_bytes", "cuda_graph_skips"),
+    "machine_code": ("kernel", "target", "warps", "registers", "programs_a_processor", "stack", "matrix",
+                     "instructions"),
 }
+SHAPE = COLUMNS["explore_decode"][:7]
+WHERE = ("card", "torch", "triton", "date", "commit")
 
 
 def rows(name: str) -> list[dict]:
+    """A file's rows; of a grid, the fastest of each shape."""
     with (HERE / "results" / f"{name}.csv").open() as file:
-        return list(csv.DictReader(file))
+        found = list(csv.DictReader(file))
+    if name != "explore_decode":
+        return found
+    best: dict[tuple, dict] = {}
+    for row in sorted(found, key=lambda r: float(r["ms"])):
+        best.setdefault(tuple(row[key] for key in SHAPE), row)
+    return list(best.values())
 
 
 def cell(text: str) -> str:
@@ -26,15 +43,19 @@ def cell(text: str) -> str:
         value = float(text)
     except ValueError:
         return text
-    return "" if math.isnan(value) else text if value.is_integer() and "." not in text else f"{value:.3g}"
+    if math.isnan(value) or (value.is_integer() and "." not in text):
+        return "" if math.isnan(value) else text
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def table(name: str) -> str:
     found, columns = rows(name), COLUMNS[name]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(row[c]) for c in columns) + " |" for row in found]
-    where = sorted({(r["card"], r["torch"], r["triton"], r["date"]) for r in found})
-    lines += ["", *(f"{card}, torch {torch}, Triton {triton}, {date}." for card, torch, triton, date in where)]
+    told = [[(key, row[key]) for key in WHERE if key in row] for row in found]
+    where = sorted({", ".join(text if key in ("card", "date") else f"{key} {text}" for key, text in row)
+                    for row in told})
+    lines += ["", *(f"{line}." for line in where)]
     return "\n".join(lines)
 
 
@@ -44,7 +65,8 @@ def plot(path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = sorted(rows("growth"), key=lambda r: int(r["tokens"]))
+    found = rows("growth")
+    found = sorted((r for r in found if r["commit"] == found[-1]["commit"]), key=lambda r: int(r["tokens"]))
     tokens = [int(r["tokens"]) for r in found]
     figure, axes = plt.subplots(figsize=(6, 4))
     axes.loglog(tokens, [float(r["ms"]) for r in found], "o-", label="packed, measured")

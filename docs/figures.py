@@ -2,8 +2,8 @@
 
     kvarn demo --json --out docs > docs/demo.json && python docs/figures.py
 
-The demo's JSON, benchmarks/results/peak_memory.csv, and the tables of docs/accuracy.md and docs/kernels.md, which their
-own scripts wrote.
+The demo's JSON, CSVs of benchmarks/results, and the tables of docs/accuracy.md and docs/kernels.md, which their own
+scripts wrote. The table of vLLM's speed goes to docs/vllm.md as well.
 """
 
 import csv
@@ -13,6 +13,10 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 BEGIN, END = "<!-- figures: written by docs/figures.py -->\n", "<!-- end of figures -->\n"
+SERVING = {"kv_tokens": "tokens that the pool holds", "prefill_tok_s": "prompt tokens per second",
+           "decode_tok_s": "tokens per second, equal concurrency", "burst_tok_s": "tokens per second, burst",
+           "burst_long_tok_s": "tokens per second, burst of long answers",
+           "short_tok_s": "tokens per second, short requests"}
 
 
 def block(f: dict[str, Any]) -> str:
@@ -46,14 +50,32 @@ def others() -> str:
     cache = int(memory["plain_cache_bytes"]) / 2**20
     accuracy = (REPOSITORY / "docs/accuracy.md").read_text().split("## The answer\n\n")[1].split("\n\n")[0]
     kernels = (REPOSITORY / "docs/kernels.md").read_text()
-    decode = kernels.split("<!-- table decode -->\n")[1].split("<!-- end decode -->")[0]
+    fa3 = kernels.split("<!-- table against_fa3 -->\n")[1].split("<!-- end against_fa3 -->")[0]
     return (f"Peak memory of a process whose cache of {int(memory['tokens']):,} tokens takes {cache:,.0f} MiB plain: "
             f"{plain:,.0f} MiB with it, {packed:,.0f} MiB with `empty_static_cache` and packed, {none:,.0f} MiB with a "
             f"cache of one chunk (`benchmarks/peak_memory.py`).\n\n"
             f"Accuracy in float32, KL to the unquantized model (`docs/accuracy.md`: method, every peer, "
             f"what is missing):\n\n{accuracy}\n\n"
-            f"The decode kernel against reading the same tokens in bfloat16 at the card's copy bandwidth "
-            f"(`docs/kernels.md`: what has and has not been run on a GPU):\n\n{decode}")
+            f"Decode kernel, paged, against FlashAttention-3 on a bfloat16 cache. These rows and the next table were "
+            f"measured with a defect that made small batches slower and is repaired since (`docs/kernels.md`, with "
+            f"everything else that was and was not run):\n\n{fa3}\n"
+            f"{serving()}\n")
+
+
+def serving() -> str:
+    """vLLM with and without kvarn: the last row of each variant."""
+    with (REPOSITORY / "benchmarks/results/vllm_speed.csv").open() as file:
+        rows = {row["variant"]: row for row in csv.DictReader(file)}
+    base, others = rows["bf16"], [row for name, row in rows.items() if name != "bf16"]
+    lines = ["|  | bf16 | " + " | ".join(f"`{row['variant']}` | times" for row in others) + " |",
+             "| --- | ---: |" + " ---: | ---: |" * len(others)]
+    for key, what in SERVING.items():
+        if all(row[key] for row in rows.values()):
+            cells = (f"{float(row[key]):,.0f} | {float(row[key]) / float(base[key]):.2f}" for row in others)
+            lines.append(f"| {what} | {float(base[key]):,.0f} | " + " | ".join(cells) + " |")
+    return (f"vLLM {base['vllm']} on one {base['card']}, the shape of Qwen3-32B with {base['layers']} layers, a pool "
+            f"of {int(base['pool_bytes']) / 1e9:.0f} GB, prompts of {int(base['prompt']):,} tokens, CUDA graphs, "
+            f"commit {base['commit']} (`benchmarks/vllm/speed.py`):\n\n" + "\n".join(lines) + "\n")
 
 
 def updated(readme: str, figures: dict[str, Any]) -> str:
@@ -66,3 +88,6 @@ if __name__ == "__main__":
     readme = REPOSITORY / "README.md"
     figures = json.loads((REPOSITORY / "docs/demo.json").read_text())
     readme.write_text(updated(readme.read_text(), figures))
+    page = REPOSITORY / "docs/vllm.md"
+    head, rest = page.read_text().split(BEGIN)
+    page.write_text(head + BEGIN + serving() + END + rest.split(END)[1])

@@ -188,7 +188,15 @@ def where(args, config, size):
     return {"layers": config["num_hidden_layers"], "prompt": size["prompt"], "pool_bytes": size["pool"],
             "max_num_seqs": size["seqs"], "batched_tokens": size["batched"], "eager": args.eager,
             "cudagraph_mode": args.cudagraph_mode or "", "card": card, "vllm": vllm.__version__,
-            "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+            "torch": torch.__version__, "date": datetime.date.today().isoformat(), "commit": commit()}
+
+
+def commit():
+    """As benchmarks/common.py's, which needs a GPU's packages."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
+    ask = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def write(rows):
