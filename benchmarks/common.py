@@ -5,20 +5,15 @@ the card, the versions, the date and the commit. Times are medians of CUDA-graph
 not count.
 """
 
-import csv
 import datetime
-import os
-import pathlib
 import statistics
-import subprocess
 
 import torch
 import triton
+from rows import RESULTS, append, commit
 
 from kvarn.cache import PackedCache
 from kvarn.paged_layout import PagedLayout
-
-RESULTS = pathlib.Path(os.environ.get("OUT") or pathlib.Path(__file__).parent / "results")
 
 
 def milliseconds(run, repeats: int = 15, inner: int = 4) -> float:
@@ -85,26 +80,11 @@ def paged_store(store: PackedCache, tokens: int, spare: int = 0) -> tuple[torch.
     return cache, table, layout
 
 
-def commit() -> str:
-    """The commit measured: $COMMIT where a copy without its history runs, else git's word for the working tree."""
-    if "COMMIT" in os.environ:
-        return os.environ["COMMIT"]
-    ask = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
-    found = subprocess.run(ask, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
 def write_rows(name: str, rows: list[dict]) -> None:
     """Append rows to results/<name>.csv, each with the card, versions, date and commit."""
     where = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
              "date": datetime.date.today().isoformat(), "commit": commit()}
-    path = RESULTS / f"{name}.csv"
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *where])
-        if new:
-            writer.writeheader()
-        writer.writerows(row | where for row in rows)
+    append(RESULTS / f"{name}.csv", [row | where for row in rows])
 
 
 def show(row: dict) -> None:

@@ -6,18 +6,16 @@ Checks the packed result against the float64 reference, then takes medians of th
 appends a row per shape to results/cpu_attention.csv.
 """
 
-import csv
 import datetime
 import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
+from rows import RESULTS, append
 
 from kvarn import PackedCache, reference
 
-RESULTS = Path(__file__).parent / "results" / "cpu_attention.csv"
 SHAPES = ((3, 3, 64, 4096), (8, 4, 128, 4096), (8, 4, 128, 16384))
 
 
@@ -58,12 +56,7 @@ def main():
              "date": datetime.date.today().isoformat()}
     with torch.no_grad():
         rows = [measure(*shape) | where for shape in SHAPES]
-    fresh = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(RESULTS / "cpu_attention.csv", rows)
     for row in rows:
         print(row)
 

@@ -6,14 +6,13 @@ Registers a thread, bytes of stack (spills), matrix instructions, instructions i
 rare branches count too), programs that fit a processor by registers.
 """
 
-import csv
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import triton
-from common import RESULTS, commit
+from rows import RESULTS, append, commit
 
 TESTS = Path(__file__).parents[1] / "tests" / "kernels"
 NAMES = ("decode-64", "decode-128", "decode-256", "masked-128", "paged-128", "verify-128", "combine-128", "fill-64",
@@ -30,10 +29,9 @@ def main():
              "stack": found["stack"], "matrix": found["matrix"], "instructions": found["instructions"],
              "programs_a_processor": REGISTERS // (found["registers"] * 32 * found["warps"]),
              "triton": triton.__version__, "commit": commit()} for name, found in json.loads(run.stdout).items()]
-    with (RESULTS / "machine_code.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    path = RESULTS / "machine_code.csv"
+    path.unlink(missing_ok=True)  # it says what the code is, not what it was
+    append(path, rows)
     for row in rows:
         print(row)
 

@@ -8,19 +8,17 @@ a short prompt, that the lossless preset gives the plain model's tokens. A row g
 """
 
 import argparse
-import csv
 import datetime
 import json
 import platform
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
+from rows import RESULTS, append
 
 CHUNK, NEW = 256, 8
-RESULTS = Path(__file__).parent / "results" / "peak_memory.csv"
 
 
 def run(variant, tokens, layers):
@@ -74,13 +72,7 @@ def main():
     row = {"date": datetime.date.today().isoformat(), "machine": platform.machine(), "torch": torch.__version__,
            "tokens": args.tokens, "layers": args.layers, "plain_cache_bytes": cache, "peak_no_cache": none,
            "peak_plain": plain, "peak_kvarn": packed, "saved_of_cache": round((plain - packed) / cache, 3)}
-    RESULTS.parent.mkdir(exist_ok=True)
-    fresh = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
+    append(RESULTS / "peak_memory.csv", [row])
     for name, value in row.items():
         print(f"{name:18} {value:,}" if isinstance(value, int) else f"{name:18} {value}")
 

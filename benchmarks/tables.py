@@ -10,8 +10,8 @@ COLUMNS = {
     "against_fa3": ("batch", "kv_heads", "group", "tokens", "head_dim", "ms", "fa3_ms", "times_faster", "error"),
     "decode": ("card", "commit", "batch", "kv_heads", "group", "tokens", "head_dim", "ms", "packed_gb_s",
                "bf16_read_ms", "times_faster", "sdpa_ms"),
-    "explore_decode": ("batch", "heads", "group", "tokens", "dim", "n", "paged", "splits", "num_warps", "num_stages",
-                       "maxnreg", "ms", "times_faster"),
+    "explore_decode_early": ("batch", "heads", "group", "tokens", "dim", "n", "paged", "splits", "num_warps",
+                             "num_stages", "maxnreg", "ms", "times_faster"),
     "growth": ("card", "commit", "batch", "tokens", "ms", "packed_gb_s", "times_faster"),
     "write": ("card", "commit", "what", "head_dim", "warps", "maxnreg", "ms", "of_copy", "bf16_write_ms",
               "bytes_differ"),
@@ -22,7 +22,7 @@ COLUMNS = {
     "machine_code": ("kernel", "target", "warps", "registers", "programs_a_processor", "stack", "matrix",
                      "instructions"),
 }
-SHAPE = COLUMNS["explore_decode"][:7]
+SHAPE = COLUMNS["explore_decode_early"][:7]
 WHERE = ("card", "torch", "triton", "date", "commit")
 
 
@@ -30,7 +30,7 @@ def rows(name: str) -> list[dict]:
     """A file's rows; of a grid, the fastest of each shape."""
     with (HERE / "results" / f"{name}.csv").open() as file:
         found = list(csv.DictReader(file))
-    if name != "explore_decode":
+    if name != "explore_decode_early":
         return found
     best: dict[tuple, dict] = {}
     for row in sorted(found, key=lambda r: float(r["ms"])):

@@ -3,7 +3,7 @@
     kvarn demo --json --out docs > docs/demo.json && python docs/figures.py
 
 The demo's JSON, CSVs of benchmarks/results, and the tables of docs/accuracy.md and docs/kernels.md, which their own
-scripts wrote. The table of vLLM's speed goes to docs/vllm.md as well.
+scripts wrote. The tables of docs/vllm.md too.
 """
 
 import csv
@@ -78,10 +78,29 @@ def serving() -> str:
             f"commit {base['commit']} (`benchmarks/vllm/speed.py`):\n\n" + "\n".join(lines) + "\n")
 
 
+def perplexity() -> str:
+    """What presets cost under vLLM's CPU build: the last row of each model, preset and balance."""
+    with (REPOSITORY / "benchmarks/vllm/perplexity.csv").open() as file:
+        rows = {(row["model"], row["preset"], row["preset"] != "stock" and row["balance"]): row
+                for row in csv.DictReader(file)}
+    lines = ["| model | preset | balance | perplexity | top token | blocks |",
+             "| --- | --- | --- | ---: | ---: | ---: |"]
+    for (model, preset, balance), row in sorted(rows.items(), key=lambda item: (item[0][0], float(item[1]["blocks"]))):
+        source = balance if balance in ("off", "weights") else "a file" if balance else ""
+        lines.append(f"| {model} | {preset} | {source} | {row['perplexity']} | {float(row['same_top_token']):.1%} | "
+                     f"{row['blocks']} |")
+    return "\n".join(lines) + "\n"
+
+
+def between(text: str, begin: str, end: str, new: str) -> str:
+    """The text with `new` between the marks."""
+    head, rest = text.split(begin)
+    return head + begin + new + end + rest.split(end)[1]
+
+
 def updated(readme: str, figures: dict[str, Any]) -> str:
     """The README with the marked block replaced."""
-    head, rest = readme.split(BEGIN)
-    return head + BEGIN + block(figures) + "\n" + others() + END + rest.split(END)[1]
+    return between(readme, BEGIN, END, block(figures) + "\n" + others())
 
 
 if __name__ == "__main__":
@@ -89,5 +108,6 @@ if __name__ == "__main__":
     figures = json.loads((REPOSITORY / "docs/demo.json").read_text())
     readme.write_text(updated(readme.read_text(), figures))
     page = REPOSITORY / "docs/vllm.md"
-    head, rest = page.read_text().split(BEGIN)
-    page.write_text(head + BEGIN + serving() + END + rest.split(END)[1])
+    text = between(page.read_text(), BEGIN, END, serving())
+    page.write_text(between(text, "<!-- perplexity: written by docs/figures.py -->\n", "<!-- end of perplexity -->\n",
+                            perplexity()))

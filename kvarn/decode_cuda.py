@@ -129,6 +129,7 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _make_signs(size: int, device: torch.device) -> Tensor:
+    # On the device: hadamard() makes its matrix on the host, and a capture forbids the copy.
     index = torch.arange(size, device=device)
     odd = index[:, None] & index
     for shift in (4, 2, 1):

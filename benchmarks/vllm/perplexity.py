@@ -6,12 +6,15 @@ Prints one line per preset and appends CSV rows to --out.
 """
 
 import argparse
-import csv
 import datetime
 import math
 import os
 import platform
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from rows import append
 
 PRESETS = ("k16v16", "k8v8_g128", "k4v4_g128", "k4v2_g128")
 
@@ -43,12 +46,7 @@ def main():
                      "blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks})
         print(rows[-1], flush=True)
     if args.out:
-        new = not args.out.exists()
-        with args.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(args.out, rows)
 
 
 def engine(args, preset):

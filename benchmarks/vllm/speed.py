@@ -8,10 +8,8 @@ vllm_speed.csv in $OUT or benchmarks/results. --tiny is a model for a CPU, to se
 """
 
 import argparse
-import csv
 import datetime
 import json
-import os
 import platform
 import random
 import re
@@ -21,7 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-RESULTS = Path(os.environ.get("OUT") or Path(__file__).parents[1] / "results")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from rows import RESULTS, append, commit
+
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 5120, "intermediate_size": 25600,
          "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 16,
          "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
@@ -55,7 +55,7 @@ def main():
         return
     rows = [row for variant in args.variants if (row := run(variant, args))]
     if rows:
-        write(rows)
+        append(RESULTS / "vllm_speed.csv", rows)
         show(rows)
     if len(rows) < len(args.variants):
         sys.exit("not every variant came to its end")
@@ -189,25 +189,6 @@ def where(args, config, size):
             "max_num_seqs": size["seqs"], "batched_tokens": size["batched"], "eager": args.eager,
             "cudagraph_mode": args.cudagraph_mode or "", "card": card, "vllm": vllm.__version__,
             "torch": torch.__version__, "date": datetime.date.today().isoformat(), "commit": commit()}
-
-
-def commit():
-    """As benchmarks/common.py's, which needs a GPU's packages."""
-    if "COMMIT" in os.environ:
-        return os.environ["COMMIT"]
-    ask = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-
-
-def write(rows):
-    path = RESULTS / "vllm_speed.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def show(rows):
