@@ -2,6 +2,8 @@
 
 Every variant is first compiled and checked against the float64 reference on a small store, in parallel processes that
 fill Triton's cache; then each shape is timed with each variant of its head_dim and several numbers of programs.
+
+    python benchmarks/explore_decode.py [number of a shape in SHAPES ...]
 """
 
 import dataclasses
@@ -27,15 +29,15 @@ SHAPES = [  # batch, KV heads, query heads per KV head, tokens, head_dim, query 
     (4, 8, 8, 32768, 128, 1, True), (32, 8, 8, 16384, 128, 1, True), (32, 8, 4, 16384, 128, 4, True),
     (1, 8, 8, 32768, 128, 1, True), (4, 8, 4, 32768, 128, 8, True),
 ]
-WAVES = (0.5, 1, 2)
+WAVES = (0.67, 1, 2)
 
 
 def variants(dim: int, queries: int) -> list[configs.DecodeConfig]:
     """The default, and what differs from it in one respect or two; `splits` is set later."""
     base = configs.decode(32, 8, 128, queries, PagedLayout(PRESETS["k4v2_g128"], dim, torch.bfloat16), 132)
-    others = [{}, {"maxnreg": None}, {"maxnreg": 200}, {"maxnreg": 168}, {"num_stages": 2}, {"num_stages": 4},
-              {"num_stages": 2, "maxnreg": 168}, {"num_stages": 2, "maxnreg": 200}, {"block": 8},
-              {"block": 8, "step": 128}]
+    others = [{}, {"maxnreg": None}, {"maxnreg": 200}, {"maxnreg": 168}, {"num_stages": 2}, {"num_stages": 3},
+              {"step": 64}, {"step": 64, "num_warps": 1, "num_stages": 2, "maxnreg": None},
+              {"block": 8, "maxnreg": 168}, {"step": 128, "num_warps": 2, "maxnreg": None}]
     return list(dict.fromkeys(dataclasses.replace(base, **other) for other in others))
 
 
@@ -83,8 +85,9 @@ def kernels(run) -> str:
     return "  ".join(f"{e.key} {e.device_time:.1f} us" for e in ours)
 
 
-def main():
-    kinds = {(dim, group * n, paged): (dim, group, n, paged) for _, _, group, _, dim, n, paged in SHAPES}
+def main(*chosen: str):
+    shapes = [SHAPES[int(i)] for i in chosen] or SHAPES
+    kinds = {(dim, group * n, paged): (dim, group, n, paged) for _, _, group, _, dim, n, paged in shapes}
     cases = [(kind, variant) for (dim, queries, _), kind in kinds.items() for variant in variants(dim, queries)]
     with ProcessPoolExecutor(12, multiprocessing.get_context("spawn")) as pool:
         errors = list(pool.map(check, cases))
@@ -95,7 +98,7 @@ def main():
     print("checked", len(cases), "variants; largest error", max(errors), flush=True)
     default, bandwidth, rows = configs.decode, copy_bandwidth(), []
     print(torch.cuda.get_device_name(), "copy GB/s", bandwidth, flush=True)
-    for shape in SHAPES:
+    for shape in shapes:
         batch, heads, group, tokens, dim, n, paged = shape
         run, store, _ = prepared(shape)
         plain, found, seen = batch * heads * tokens * dim * 4 / bandwidth / 1e6, [], set()
@@ -128,4 +131,4 @@ def main():
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

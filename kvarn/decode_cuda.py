@@ -49,7 +49,7 @@ def decode_store(q: Tensor, records: Tensor, tail: Tensor, lengths: Tensor, bala
                   scale, 0.0, config, kernel_offsets(layout), False, layout.spec.group, 0, extent.differs(mask, group),
                   has_inline_assembly(q.device))
     combine.combine(partial, sums, None, None, out, (out.stride(0), out.stride(1), out.stride(2)), query_heads, n,
-                    num_warps=4)
+                    *configs.combine(config.splits, layout.head_dim))
     return out
 
 
@@ -91,7 +91,7 @@ def decode_paged(q: Tensor, cache: Tensor, table: Tensor, starts: Tensor, ends: 
                   window or UNLIMITED, scale, softcap, config, kernel_offsets(layout), True, layout.page,
                   layout.spare, max_count > 1, has_inline_assembly(q.device))
     combine.combine(partial, sums, sinks, starts, out, (0, out.stride(1), out.stride(0)), query_heads, max_count,
-                    num_warps=4)
+                    *configs.combine(config.splits, layout.head_dim))
     return out
 
 

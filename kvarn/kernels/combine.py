@@ -56,7 +56,7 @@ def combine_parts(
 
 
 def combine(partial: torch.Tensor, sums: torch.Tensor, sinks: torch.Tensor | None, starts: torch.Tensor | None,
-            out: torch.Tensor, strides: tuple[int, int, int], query_heads: int, n: int, num_warps: int
+            out: torch.Tensor, strides: tuple[int, int, int], query_heads: int, n: int, block: int, num_warps: int
             ) -> None:
     """Launch combine_parts: partial [B, H, P, MP, D] and sums [B, H, P, 2, MP] into out, strides over row, head, token.
 
@@ -66,4 +66,4 @@ def combine(partial: torch.Tensor, sums: torch.Tensor, sinks: torch.Tensor | Non
     combine_parts[(query_heads, n, rows)](
         partial, sums, sums if sinks is None else sinks, sums if starts is None else starts, out, *strides, parts,
         query_heads // heads, n, PAGED=starts is not None, SINKS=sinks is not None, MP=padded, Q=dim // 4,
-        BLOCK=16384 // dim, num_warps=num_warps)
+        BLOCK=block, num_warps=num_warps)

@@ -59,15 +59,19 @@ class DecodeConfig:
 def decode(rows: int, heads: int, tiles: int, queries: int, layout: StoreLayout, processors: int) -> DecodeConfig:
     """The decode configuration for `rows` x `heads` KV heads of up to `tiles` tiles and `queries` query rows each.
 
+    168 registers are three warps for each of a processor's four schedulers instead of two: what a warp waits for, the
+    others work through, and that is worth a few spilled words at the seams (none in the loop over tiles). One warp has
+    no other to wait for, but at head_dim 128 no room for its accumulators either.
+
     Codes leave the first operand's registers as the older matrix instructions have them: with four warps, sixteen query
     rows would make Triton take others (a warp group's), where they would be wrong.
     """
-    warps, block = (4, 8) if layout.head_dim == 256 else (2, 8 if queries <= 8 else 16)
-    maxnreg = 168 if layout.head_dim == 64 and block == 8 else None
+    block = 8 if queries <= 8 or layout.head_dim == 256 else 16
+    warps, step, stages = {64: (1, 64, 3), 128: (2, 128, 3), 256: (2, 128, 2)}[layout.head_dim]
+    maxnreg = 168 if layout.head_dim < 256 and block == 8 else None
     resident = processors * (65536 // ((maxnreg or 256) * 32 * warps))
     splits = best_splits(rows * heads * -(-queries // block), tiles, resident)
-    step = layout.spec.group if block == 8 or layout.head_dim == 64 else 64
-    return DecodeConfig(splits, block, step, warps, 3, maxnreg)
+    return DecodeConfig(splits, block, min(step, layout.spec.group), warps, stages, maxnreg)
 
 
 def best_splits(groups: int, tiles: int, resident: int) -> int:
@@ -82,6 +86,11 @@ def best_splits(groups: int, tiles: int, resident: int) -> int:
 
     candidates = {max(1, min(tiles, waves * resident // groups)) for waves in (1, 2, 3, 4)}
     return min(candidates, key=lambda splits: (cost(splits), splits))
+
+
+def combine(parts: int, head_dim: int) -> tuple[int, int]:
+    """Parts that combine_parts takes at a time, and its warps: most programs of a large batch have few."""
+    return (8, 1) if parts <= 8 else (16384 // head_dim, 4)
 
 
 def fill(head_dim: int, group: int, capability: int) -> tuple[int, int | None]:
@@ -118,3 +127,31 @@ def unpack(head_dim: int) -> tuple[int, int]:
 def unpack_paged(head_dim: int) -> tuple[int, int]:
     """The same where every token has a page of its own to point to."""
     return (64, 4) if head_dim < 128 else (32, 4)
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """How attend_chunk runs.
+
+    Attributes:
+        queries, keys: of a block.
+        part: keys at a time where the mask is read: what a program holds of them comes on top of its result.
+        num_warps, num_stages: compiler options.
+    """
+
+    queries: int
+    keys: int
+    part: int
+    num_warps: int
+    num_stages: int
+
+
+def prefill(head_dim: int, capability: int) -> PrefillConfig:
+    """The configuration of a chunk's attention. From sm_90 on a warp group takes 64 queries and a processor has shared
+    memory for 128 and three stages of 128 keys and values of head_dim 128.
+    """
+    if 90 <= capability < 120:
+        return {64: PrefillConfig(128, 128, 32, 8, 3), 128: PrefillConfig(128, 128, 32, 8, 3),
+                256: PrefillConfig(128, 64, 16, 8, 2)}[head_dim]
+    return {64: PrefillConfig(128, 64, 16, 8, 3), 128: PrefillConfig(128, 32, 16, 8, 3),
+            256: PrefillConfig(64, 32, 16, 8, 2)}[head_dim]

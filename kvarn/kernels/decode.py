@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kvarn.kernels.bits import CODE_UNIT, codes, e4m3_pair, exchanged, from_e4m3, half_pair
+from kvarn.kernels.bits import codes, e4m3_pair, exchanged, from_e4m3, half_pair
 from kvarn.kernels.configs import DecodeConfig
-from kvarn.kernels.decode_parts import advance, attend_open, sum_two, tile_at, word_scores, word_values
+from kvarn.kernels.decode_parts import advance, attend_words, from_codes, in_codes, sum_two, tile_at
 from kvarn.kernels.query import query_planes
 from kvarn.kernels.sight import LOG2E, bias, soften
 
@@ -36,11 +36,11 @@ def decode_tiles(
     sums,  # [B, H, splits, 2, blocks * MP] float32, out: the part's highest score and its sum of 2^(score - highest)
     q_b, q_n, q_h, r_t, r_h, table_b, m_b, m_h, m_n, m_s, T, S, group, n, blocks, window, scale, cap,
     PAGED: tl.constexpr, PAGE: tl.constexpr, SPARE: tl.constexpr, MP: tl.constexpr, MASKED: tl.constexpr,
-    ADDITIVE: tl.constexpr, ROWS: tl.constexpr, SOFTCAP: tl.constexpr, ASM: tl.constexpr, STEP: tl.constexpr,
-    G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, E: tl.constexpr, VW: tl.constexpr,
-    RECORD: tl.constexpr, TAIL: tl.constexpr, K_CODES: tl.constexpr, V_CODES: tl.constexpr, SCALARS: tl.constexpr,
-    CHANNEL: tl.constexpr, TOKEN: tl.constexpr, W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr,
-    EXACT_AT: tl.constexpr, WORDS: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
+    ADDITIVE: tl.constexpr, ROWS: tl.constexpr, SOFTCAP: tl.constexpr, ASM: tl.constexpr, OPEN: tl.constexpr,
+    STEP: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, E: tl.constexpr,
+    VW: tl.constexpr, RECORD: tl.constexpr, TAIL: tl.constexpr, K_CODES: tl.constexpr, V_CODES: tl.constexpr,
+    SCALARS: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
+    EXACT: tl.constexpr, EXACT_AT: tl.constexpr, WORDS: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
 ):
     """Grid (splits, H * blocks, B). A program attends its share of a row's tiles; the first has the open one as well.
 
@@ -56,6 +56,7 @@ def decode_tiles(
     PV: tl.constexpr = 8 // VB
     DK: tl.constexpr = D // PK
     DV: tl.constexpr = D // PV
+    STEPS: tl.constexpr = G // STEP
     head = b * (tl.num_programs(1) // blocks) + h
 
     # What is visible to some query: first..last - 1. To every query, unless `sparse`: plain_first..plain_last - 1.
@@ -85,37 +86,44 @@ def decode_tiles(
     low = tl.maximum(work * split // splits - held * OPEN_TILES, 0)
     high = tl.maximum(work * (split + 1) // splits - held * OPEN_TILES, 0)
 
-    tok, dk, dv = tl.arange(0, G), tl.arange(0, DK), tl.arange(0, DV)
+    dk, dv = tl.arange(0, DK), tl.arange(0, DV)
     mp = tl.program_id(1) % blocks * MP + tl.arange(0, MP)
     qs = query_planes(q_at, (mp // group) * q_n + (mp % group + h * group) * q_h, mp < asked * group,
                       balance + h * D, signs, scale * LOG2E, PK, DK, KB)
     peak, total = tl.full([MP], float("-inf"), tl.float32), tl.zeros([MP], tl.float32)
+    sum_pv = tl.zeros([16, MP], tl.float32)
     acc = ()
     for _ in tl.static_range(PV):
         acc = acc + (tl.zeros([DV, MP], tl.float32),)
     if (split == 0) & (held > 0):
-        pos = opened * G + tok
-        known = (pos >= first) & (pos < last)
-        home, slot = tail + head * TAIL, tok
-        if PAGED:
-            block = tl.load(row_table + opened + SPARE - tok // PAGE, mask=known, other=0)
-            home, slot = base + block.to(tl.int64) * r_t, tok % PAGE
-        shift = bias(mask, m_b, m_h, m_n, m_s, group, n, blocks, opened * G, tok, first, last, least, window, sparse,
-                     MP, MASKED, ADDITIVE, ROWS)
-        peak, total, acc = attend_open(home, slot, known, qs, shift, cap, acc, SOFTCAP, ASM, D, DK, DV, KB, VB, VW,
-                                       WORDS, K_SCALE, V_SCALE)
+        for part in tl.range(0, tl.minimum(last - opened * G, G), OPEN, num_stages=1):
+            slot = part + tl.arange(0, OPEN)
+            pos = opened * G + slot
+            known = (pos >= first) & (pos < last)
+            home = tail + head * TAIL + slot * 0
+            if PAGED:
+                block = tl.load(row_table + opened + SPARE - slot // PAGE, mask=known, other=0)
+                home, slot = base + block.to(tl.int64) * r_t, slot % PAGE
+            k_scale = tl.load((home + K_SCALE).to(tl.pointer_type(tl.float16)) + slot, mask=known, other=0.0)
+            v_scale = tl.load((home + V_SCALE).to(tl.pointer_type(tl.float16)) + slot, mask=known, other=0.0)
+            shift = bias(mask, m_b, m_h, m_n, m_s, group, n, blocks, opened * G + part, tl.arange(0, OPEN), first, last,
+                         least, window, sparse, MP, MASKED, ADDITIVE, ROWS)
+            words = (home + WORDS).to(tl.pointer_type(tl.int16)) + slot * D
+            peak, total, sum_pv, acc = attend_words(words, known, k_scale.to(tl.float32), v_scale.to(tl.float32), shift,
+                                                    qs, cap, peak, total, sum_pv, acc, SOFTCAP, ASM, DK, DV, KB, VW)
+    acc = in_codes(acc, VB)
 
     step = tl.arange(0, STEP)
     step_at, dk_at = step if ASM else exchanged(step), dk if ASM else exchanged(dk)
     row = tl.arange(0, BATCH)
     ones = tl.full([16, STEP], 1, tl.uint8)
-    sum_pv = tl.zeros([16, MP], tl.float32)
     for start in range(low, high, BATCH):
         tiles = tile_at(begin + start + row, skip)
         stop = tl.minimum(start + BATCH, high)
         some = row < stop - start
         places = tl.load(row_table + tiles, mask=some, other=0) if PAGED else tiles
         recs = base + places.to(tl.int64) * r_t
+        units = tl.load((recs + SCALARS).to(tl.pointer_type(tl.float32)), mask=some, other=0.0)
         zero = tl.zeros([BATCH, MP], tl.float32)
         for i in tl.static_range(PK - 1, -1, -1):  # each plane of qs is 2^KB less than the one before
             channels = tl.load((recs[:, None] + CHANNEL).to(tl.pointer_type(tl.int32)) + i * DK + dk[None, :],
@@ -123,94 +131,76 @@ def decode_tiles(
             zero = tl.dot(half_pair(channels)[1], qs[i], zero * 2.0**KB)
         zero *= 2.0**-24
         pw = tl.zeros([BATCH, MP], tl.float32)
-        units = tl.load((recs + SCALARS).to(tl.pointer_type(tl.float32)), mask=some, other=0.0)
-        for t in range(start, stop):
+        zeros = tl.sum(tl.where((row == 0)[:, None], zero, 0.0), axis=0)[None, :]
+        for part in range(start * STEPS, stop * STEPS):
+            t, c = part // STEPS, part % STEPS * STEP
             tile = tile_at(begin + t, skip)
             place = tl.sum(tl.where(row == t - start, places, 0), axis=0) if PAGED else tile
             rec = base + place.to(tl.int64) * r_t
             unit = tl.sum(tl.where(row == t - start, units, 0.0), axis=0)
-            here = (row == t - start)[:, None]
-            zeros = tl.sum(tl.where(here, zero, 0.0), axis=0)[None, :]
-            folded = ()
+            ks, folded = (), ()
             for i in tl.static_range(PK):
-                ks = half_pair(tl.load((rec + CHANNEL).to(tl.pointer_type(tl.int32)) + i * DK + dk))[0]
-                folded = folded + (qs[i] * ks[:, None],)
-            for c in tl.static_range(G // STEP):
-                kb = tl.load(rec + K_CODES + (c * STEP + step)[:, None] * DK + dk_at[None, :])
-                s = tl.zeros([STEP, MP], tl.float32) + zeros
-                for i in tl.static_range(PK):
-                    s = tl.dot(codes(kb, (2**KB - 1) << (i * KB), ASM), folded[i], s)
-                word = tl.load((rec + TOKEN).to(tl.pointer_type(tl.int32)) + c * STEP + step)
-                s = soften(s * (half_pair(word)[0].to(tl.float32) * 2.0 ** (16 + KB))[:, None], cap, SOFTCAP)
-                if E > 0:  # an exact token's kt is -0.0: its turn comes below
-                    s += tl.where(word & 0xFFFF == 0x8000, float("-inf"), 0.0)[:, None]
-                pos = tile * G + c * STEP
-                if (pos < plain_first) | (pos + STEP > plain_last) | (sparse != 0):
-                    s += bias(mask, m_b, m_h, m_n, m_s, group, n, blocks, pos, step, first, last, least, window, sparse,
-                              MP, MASKED, ADDITIVE, ROWS)
-                peak, safe, alpha = advance(peak, s)
-                p = tl.exp2(s - safe[None, :])
-                if VB > 2:
-                    vt = half_pair(word)[1].to(tl.float32) * unit
-                    w = from_e4m3(tl.load(rec + W + c * STEP + step).to(tl.int32)) * 2.0**-8
-                else:
-                    vt, w = e4m3_pair(word)
-                    vt *= unit * 256.0
-                pv = (p * vt[:, None]).to(tl.float16)
-                vb = tl.load(rec + V_CODES + dv[:, None] * G + c * STEP + step_at[None, :])
-                new = ()
-                for i in tl.static_range(PV):
-                    new = new + (tl.dot(codes(vb, (2**VB - 1) << (i * VB), ASM), pv, acc[i] * alpha[None, :]),)
-                acc = new
-                sum_pv = tl.dot(codes(ones, 1, ASM), pv, sum_pv * alpha[None, :])
-                p_sum, w_sum = sum_two(p, p * w[:, None], ASM)
-                total = total * alpha + p_sum
-                pw = pw * alpha[None, :] + tl.where(here, w_sum[None, :], 0.0)
+                ks = ks + (tl.load((rec + CHANNEL).to(tl.pointer_type(tl.int32)) + i * DK + dk),)
+            for i in tl.static_range(PK):
+                folded = folded + (qs[i] * half_pair(ks[i])[0][:, None],)
+            kb = tl.load(rec + K_CODES + (c + step)[:, None] * DK + dk_at[None, :])
+            s = tl.zeros([STEP, MP], tl.float32) + zeros
+            for i in tl.static_range(PK):
+                s = tl.dot(codes(kb, (2**KB - 1) << (i * KB), ASM), folded[i], s)
+            word = tl.load((rec + TOKEN).to(tl.pointer_type(tl.int32)) + c + step)
+            s = soften(s * (half_pair(word)[0].to(tl.float32) * 2.0 ** (16 + KB))[:, None], cap, SOFTCAP)
+            if E > 0:  # an exact token's kt is -0.0: its turn comes below
+                s += tl.where(word & 0xFFFF == 0x8000, float("-inf"), 0.0)[:, None]
+            pos = tile * G + c
+            if (pos < plain_first) | (pos + STEP > plain_last) | (sparse != 0):
+                s += bias(mask, m_b, m_h, m_n, m_s, group, n, blocks, pos, step, first, last, least, window, sparse, MP,
+                          MASKED, ADDITIVE, ROWS)
+            peak, safe, alpha = advance(peak, s)
+            p = tl.exp2(s - safe[None, :])
+            if VB > 2:
+                vt = half_pair(word)[1].to(tl.float32) * unit
+                w = from_e4m3(tl.load(rec + W + c + step).to(tl.int32)) * 2.0**-8
+            else:
+                vt, w = e4m3_pair(word)
+                vt *= unit * 256.0
+            pv = (p * vt[:, None]).to(tl.float16)
+            vb = tl.load(rec + V_CODES + dv[:, None] * G + (c + step_at)[None, :])
+            new = ()
+            for i in tl.static_range(PV):
+                new = new + (tl.dot(codes(vb, (2**VB - 1) << (i * VB), ASM), pv, acc[i] * alpha[None, :]),)
+            acc = new
+            sum_pv = tl.dot(codes(ones, 1, ASM), pv, sum_pv * alpha[None, :])
+            p_sum, w_sum = sum_two(p, p * w[:, None], ASM)
+            total = total * alpha + p_sum
+            pw = pw * alpha[None, :] + tl.where((row == t - start)[:, None], w_sum[None, :], 0.0)
+            zeros = tl.sum(tl.where((row == (part + 1) // STEPS - start)[:, None], zero, 0.0), axis=0)[None, :]
         w_unit = tl.load((recs + SCALARS).to(tl.pointer_type(tl.float32)) + 1, mask=some, other=0.0)
-        ranks = ()
+        ranks, acc = from_codes(acc, VB), ()
         for i in tl.static_range(PV):
-            column = recs[None, :] + M + (i * DV + dv)[:, None]
-            m = from_e4m3(tl.load(column, mask=some[None, :], other=0).to(tl.int32)) * (256.0 * w_unit)[None, :]
-            ranks = ranks + (tl.dot(m.to(tl.float16), pw.to(tl.float16)),)
+            m = tl.load(recs[None, :] + M + (i * DV + dv)[:, None], mask=some[None, :], other=0)
+            m = from_e4m3(m.to(tl.int32)) * (256.0 * w_unit)[None, :]
+            acc = acc + (tl.dot(m.to(tl.float16), pw.to(tl.float16), ranks[i]),)
         for e in tl.static_range(E):
             at = tl.load(recs + EXACT_AT + e, mask=some, other=0).to(tl.int32)
             scalars = (recs + SCALARS).to(tl.pointer_type(tl.float32)) + 2 + 2 * e
-            words = (recs + EXACT).to(tl.pointer_type(tl.int16)) + e * D
-            s = word_scores(words, some, qs, DK, KB, VW, ASM) * tl.load(scalars, mask=some, other=0.0)[:, None]
-            s = soften(s, cap, SOFTCAP)
-            s += bias(mask, m_b, m_h, m_n, m_s, group, n, blocks, 0, (tiles * G + at).to(tl.int64), first, last, least,
-                      window, sparse, MP, MASKED, ADDITIVE, ROWS)
-            s = tl.where(some[:, None], s, float("-inf"))
-            peak, safe, alpha = advance(peak, s)
-            p = tl.exp2(s - safe[None, :])
-            total = total * alpha + tl.sum(p, axis=0)
-            sum_pv *= alpha[None, :]
-            p = (p * tl.load(scalars + 1, mask=some, other=0.0)[:, None]).to(tl.float16)
-            acc, ranks = scaled(acc, alpha), scaled(ranks, alpha)
-            ranks = word_values(words, some, p, ranks, DV, VW, ASM)
-        new = ()
-        for i in tl.static_range(PV):
-            new = new + (acc[i] + ranks[i] * (CODE_UNIT * 2.0 ** (i * VB)),)
-        acc = new
+            shift = bias(mask, m_b, m_h, m_n, m_s, group, n, blocks, 0, (tiles * G + at).to(tl.int64), first, last,
+                         least, window, sparse, MP, MASKED, ADDITIVE, ROWS)
+            peak, total, sum_pv, acc = attend_words(
+                (recs + EXACT).to(tl.pointer_type(tl.int16)) + e * D, some, tl.load(scalars, mask=some, other=0.0),
+                tl.load(scalars + 1, mask=some, other=0.0), shift, qs, cap, peak, total, sum_pv, acc, SOFTCAP, ASM, DK,
+                DV, KB, VW)
+        acc = in_codes(acc, VB)
 
     center = tl.max(sum_pv, axis=0) * (2.0**24 * (2**VB - 1) / 2)
     inverse = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     out = (head * splits + split) * blocks * MP
+    acc = from_codes(acc, VB)
     for i in tl.static_range(PV):
-        x = (acc[i] * (2.0 ** (24 - i * VB)) - center[None, :]) * inverse[None, :]
+        x = (acc[i] - center[None, :]) * inverse[None, :]
         x = tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
         tl.store(partial + (out + mp)[None, :] * D + i * DV + dv[:, None], x, mask=(mp < n * group)[None, :])
     tl.store(sums + out * 2 + mp, peak)
     tl.store(sums + (out * 2 + blocks * MP) + mp, total)
-
-
-@triton.jit
-def scaled(planes, factor):
-    """Planes [DV, MP] times factor [MP]."""
-    new = ()
-    for i in tl.static_range(len(planes)):
-        new = new + (planes[i] * factor[None, :],)
-    return new
 
 
 def decode(q: torch.Tensor, balance: torch.Tensor, signs: torch.Tensor, records: torch.Tensor, tail: torch.Tensor,
@@ -228,4 +218,5 @@ def decode(q: torch.Tensor, balance: torch.Tensor, signs: torch.Tensor, records:
         sums, *strides, table.stride(0), *m_strides, tiles, kv_len, group, n, blocks, window, scale, cap * LOG2E.value,
         PAGED=paged, PAGE=page, SPARE=spare, MP=config.block, MASKED=mask is not None,
         ADDITIVE=mask is not None and mask.is_floating_point(), ROWS=rows_differ, SOFTCAP=cap > 0, ASM=asm,
+        OPEN=max(16, config.step // 4),
         STEP=config.step, **offsets, num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg)

@@ -1,6 +1,6 @@
-"""Pieces of decode_tiles (decode.py), inside kernels: softmax bookkeeping, tokens held as words, the open tile.
+"""Pieces of decode_tiles (decode.py), inside kernels: softmax bookkeeping, tokens held as words.
 
-Scores are in log2 units. Accumulators are PV planes [DV, MP] float32, in units of CODE_UNIT * 2^(i VB) for plane i.
+Scores are in log2 units. Accumulators are PV planes [DV, MP] float32.
 """
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false  (Triton's jit is untyped)
@@ -62,43 +62,65 @@ def word_field(word, SHIFT: tl.constexpr, FIELD: tl.constexpr, ASM: tl.constexpr
 
 
 @triton.jit
-def word_scores(words, mask, qs, DK: tl.constexpr, KB: tl.constexpr, VW: tl.constexpr, ASM: tl.constexpr):
+def word_scores(words, seen, qs, DK: tl.constexpr, KB: tl.constexpr, VW: tl.constexpr, ASM: tl.constexpr):
     """Keys of tokens at int16 pointers words [R], without their scale, times the query planes: [R, MP]."""
     dk = tl.arange(0, DK)
     s = tl.zeros([words.shape[0], qs[0].shape[1]], tl.float32)
     for i in tl.static_range(len(qs) - 1, -1, -1):  # each plane of qs is 2^KB less than the one before
-        key = tl.load(words[:, None] + i * DK + dk[None, :], mask=mask[:, None], other=0)
+        key = tl.load(words[:, None] + i * DK + dk[None, :], mask=seen[:, None], other=0)
         s = tl.dot(word_field(key, VW, 16 - VW, ASM), qs[i], s * 2.0**KB)
     return s * 2.0 ** (KB - 8)
 
 
 @triton.jit
-def word_values(words, mask, p, acc, DV: tl.constexpr, VW: tl.constexpr, ASM: tl.constexpr):
+def word_values(words, seen, p, acc, DV: tl.constexpr, VW: tl.constexpr, ASM: tl.constexpr):
     """Values of tokens at words [R], without their scale, times p [R, MP] float16, onto the planes acc."""
     dv = tl.arange(0, DV)
     new = ()
     for i in tl.static_range(len(acc)):
-        value = tl.load(words[None, :] + (i * DV + dv)[:, None], mask=mask[None, :], other=0)
+        value = tl.load(words[None, :] + (i * DV + dv)[:, None], mask=seen[None, :], other=0)
         new = new + (tl.dot(word_field(value, 0, VW, ASM), p, acc[i]),)
     return new
 
 
 @triton.jit
-def attend_open(home, slot, known, qs, shift, cap, acc, SOFTCAP: tl.constexpr, ASM: tl.constexpr, D: tl.constexpr,
-                DK: tl.constexpr, DV: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, VW: tl.constexpr,
-                WORDS: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr):
-    """Attention over open tokens `slot` [R] of tails or pages at `home` (one, or [R]): peak, total [MP], planes.
+def attend_words(words, seen, k_scale, v_scale, shift, qs, cap, peak, total, sum_pv, acc, SOFTCAP: tl.constexpr,
+                 ASM: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, KB: tl.constexpr, VW: tl.constexpr):
+    """Attention over tokens held as words, one at each of the pointers [R], onto what there is; acc in plain units.
 
-    acc: zeros. What lies in the slots that are not `known` is never looked at.
+    What lies where none is `seen` is never looked at; shift is added to the scores.
     """
-    words = (home + WORDS).to(tl.pointer_type(tl.int16)) + slot * D
-    kt = tl.load((home + K_SCALE).to(tl.pointer_type(tl.float16)) + slot, mask=known, other=0.0).to(tl.float32)
-    vt = tl.load((home + V_SCALE).to(tl.pointer_type(tl.float16)) + slot, mask=known, other=0.0).to(tl.float32)
-    s = soften(word_scores(words, known, qs, DK, KB, VW, ASM) * kt[:, None], cap, SOFTCAP) + shift
-    peak = tl.max(s, axis=0)
-    p = tl.exp2(s - tl.where(peak == float("-inf"), 0.0, peak)[None, :])
-    planes = word_values(words, known, (p * vt[:, None]).to(tl.float16), acc, DV, VW, ASM)
+    s = soften(word_scores(words, seen, qs, DK, KB, VW, ASM) * k_scale[:, None], cap, SOFTCAP) + shift
+    s = tl.where(seen[:, None], s, float("-inf"))
+    peak, safe, alpha = advance(peak, s)
+    p = tl.exp2(s - safe[None, :])
+    total = total * alpha + tl.sum(p, axis=0)
+    acc = word_values(words, seen, (p * v_scale[:, None]).to(tl.float16), scaled(acc, alpha), DV, VW, ASM)
+    return peak, total, sum_pv * alpha[None, :], acc
+
+
+@triton.jit
+def scaled(planes, factor):
+    """Planes [DV, MP] times factor [MP]."""
     new = ()
-    for i in tl.static_range(len(acc)):
+    for i in tl.static_range(len(planes)):
+        new = new + (planes[i] * factor[None, :],)
+    return new
+
+
+@triton.jit
+def in_codes(planes, VB: tl.constexpr):
+    """Planes in plain units to those in which tiles' codes add up: 2^(i VB) CODE_UNIT for plane i. Exact."""
+    new = ()
+    for i in tl.static_range(len(planes)):
         new = new + (planes[i] * (CODE_UNIT * 2.0 ** (i * VB)),)
-    return peak, tl.sum(p, axis=0), new
+    return new
+
+
+@triton.jit
+def from_codes(planes, VB: tl.constexpr):
+    """The inverse of in_codes."""
+    new = ()
+    for i in tl.static_range(len(planes)):
+        new = new + (planes[i] * (2.0 ** (24 - i * VB)),)
+    return new

@@ -22,7 +22,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {"positions": "*i64", "records": "*u8", "tail": "*u8", "lengths": "*i64", "before": "*i64",
             "balance": "*fp32", "extent": "*i32", "mask": "*u8", "partial": "*fp16", "sums": "*fp32", "sinks": "*fp32",
             "signs": "*fp16",
-            **dict.fromkeys(("q", "k", "v", "k_out", "v_out", "out", "like"), "*bf16"),
+            **dict.fromkeys(("q", "k", "v", "q_out", "k_out", "v_out", "out", "like", "angles"), "*bf16"),
             "cache": "*u8", **dict.fromkeys(("table", "starts", "ends", "offsets"), "*i32")}
 
 
@@ -47,7 +47,18 @@ def build(kernel, constants, num_warps, num_stages, maxnreg, types, capability: 
     groups = len(re.findall(r"warp_group_dot |tc_gen5_mma", binary.asm["ttgir"]))
     return {"warps": num_warps, "registers": int(registers), "stack": int(stack),
             "matrix": len(re.findall(r"\b[HQ]G?MMA\b", code)), "groups": groups,
-            "local": len(re.findall(r"\b(?:LDL|STL)\b", code)), "instructions": code.count(";")}
+            "looped": sum(bool(re.search(r"\b(?:LDL|STL)\b", line)) for loop in innermost(code) for line in loop),
+            "instructions": code.count(";")}
+
+
+def innermost(code: str) -> list[list[str]]:
+    """The instructions of each loop that has no other in it."""
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)
+    place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    jumps = [(i, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for i, (_, text) in enumerate(lines)]
+    spans = [(place[int(to[1], 16)], i) for i, to in jumps if to and place.get(int(to[1], 16), i) < i]
+    inner = [(a, b) for a, b in spans if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)]
+    return [[text for _, text in lines[a:b + 1]] for a, b in inner]
 
 
 def main(target: str, *names: str) -> None:

@@ -26,7 +26,8 @@ def tiles(layout: PagedLayout, queries: int, **flags: bool) -> tuple:
     """decode_tiles for `queries` query rows; flags that are not given are False."""
     config = configs.decode(32, 8, 128, queries, layout, 132)
     flags = dict.fromkeys(("PAGED", "MASKED", "ADDITIVE", "ROWS", "SOFTCAP"), False) | flags
-    constants = {"PAGE": layout.page, "SPARE": layout.spare, "MP": config.block, "ASM": True, "STEP": config.step,
+    constants = {"PAGE": layout.page, "SPARE": layout.spare, "MP": config.block, "ASM": True,
+                 "OPEN": max(16, config.step // 4), "STEP": config.step,
                  **flags, **configs.offsets(layout)}
     types = {"lengths": "*i32"} if flags["PAGED"] else {}
     return decode.decode_tiles, constants, config.num_warps, config.num_stages, config.maxnreg, types

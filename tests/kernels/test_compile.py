@@ -15,10 +15,16 @@ CASES = {"sm_80": ["fill-128", "pages-128", "decode-128", "masked-128", "paged-1
                    "verify-128", "softcap-128", "decode-64", "masked-64", "paged-64", "decode-256"]}
 TAKE_CODES = ("decode", "masked", "paged-", "verify", "softcap")
 """Kernels whose codes must be operands of the older matrix instructions (configs.decode)."""
+SEAMS = 64
+"""Bytes of stack that these may keep while they are not in a loop over tiles: with as many registers as they want,
+fewer programs fit a processor, and that is slower (docs/kernels.md)."""
 WITHOUT_MATRICES = ("combine", "extent", "raw")
 STACK = {("sm_80", "fill-128"): 24, ("sm_80", "pages-128"): 32, ("sm_90", "pages-128"): 24,
-         ("sm_100", "fill-128"): 128, ("sm_100", "pages-128"): 720}
+         ("sm_100", "fill-128"): 128, ("sm_100", "pages-128"): 720,
+         **{("sm_100", f"{name}-128"): 112 for name in ("decode", "masked", "paged")}}
 """Bytes of stack: of the programs that close a tile with older tokens, and where 16 warps are needed (configs.fill)."""
+LOOPED = {"sm_100": 8}
+"""Instructions in a loop over tiles that reach for the stack, where no such GPU was there to measure registers on."""
 
 
 @pytest.mark.parametrize("target", CASES)
@@ -31,6 +37,8 @@ def test_no_spills(target):
                          text=True, env=environment, timeout=600)
     assert run.returncode == 0, run.stderr[-2000:]
     for name, found in json.loads(run.stdout).items():
-        assert found["stack"] <= STACK.get((target, name), 0), (name, found)
+        seams = SEAMS if name.startswith(TAKE_CODES) else 0
+        assert found["stack"] <= STACK.get((target, name), seams), (name, found)
+        assert not seams or found["looped"] <= LOOPED.get(target, 0), (name, found)
         assert (found["matrix"] > 0) != name.startswith(WITHOUT_MATRICES), (name, found)
         assert not (found["groups"] and name.startswith(TAKE_CODES)), (name, found)
