@@ -45,6 +45,7 @@ def combine_parts(
             w = tl.load(here + MP, mask=s < parts, other=0.0)
             x = tl.load(partial + ((head * parts + s) * MP + row)[:, None] * (4 * Q) + channel[None, :],
                         mask=(s < parts)[:, None], other=0.0)
+            x = tl.where((w > 0)[:, None], x, 0.0)  # an empty part is not written
             new = tl.maximum(peak, tl.max(high, axis=0))
             safe = tl.where(new == float("-inf"), 0.0, new)
             w, old = w * tl.exp2(high - safe), tl.exp2(peak - safe)

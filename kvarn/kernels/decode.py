@@ -32,7 +32,7 @@ def decode_tiles(
     lengths,  # [B] int64: stored tokens; paged: int32
     extent,  # [B, H, 4] int32 (extent.py); unused without MASKED
     mask,  # [B, Hq, n, S] uint8 or float, any strides; unused without MASKED
-    partial,  # [B, H, splits, blocks * MP, D] float16, store frame, out: the part's attention
+    partial,  # [B, H, splits, blocks * MP, D] float16, store frame, out: the part's attention; not written if empty
     sums,  # [B, H, splits, 2, blocks * MP] float32, out: the part's highest score and its sum of 2^(score - highest)
     q_b, q_n, q_h, r_t, r_h, table_b, m_b, m_h, m_n, m_s, T, S, group, n, blocks, window, scale, cap,
     PAGED: tl.constexpr, PAGE: tl.constexpr, SPARE: tl.constexpr, MP: tl.constexpr, MASKED: tl.constexpr,
@@ -86,8 +86,14 @@ def decode_tiles(
     low = tl.maximum(work * split // splits - held * OPEN_TILES, 0)
     high = tl.maximum(work * (split + 1) // splits - held * OPEN_TILES, 0)
 
-    dk, dv = tl.arange(0, DK), tl.arange(0, DV)
     mp = tl.program_id(1) % blocks * MP + tl.arange(0, MP)
+    out = (head * splits + split) * blocks * MP
+    if (low >= high) & ((split > 0) | (held == 0)):  # more splits than a short row has tiles for
+        tl.store(sums + out * 2 + mp, float("-inf"))
+        tl.store(sums + (out * 2 + blocks * MP) + mp, 0.0)
+        return
+
+    dk, dv = tl.arange(0, DK), tl.arange(0, DV)
     qs = query_planes(q_at, (mp // group) * q_n + (mp % group + h * group) * q_h, mp < asked * group,
                       balance + h * D, signs, scale * LOG2E, PK, DK, KB)
     peak, total = tl.full([MP], float("-inf"), tl.float32), tl.zeros([MP], tl.float32)
@@ -193,7 +199,6 @@ def decode_tiles(
 
     center = tl.max(sum_pv, axis=0) * (2.0**24 * (2**VB - 1) / 2)
     inverse = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-    out = (head * splits + split) * blocks * MP
     acc = from_codes(acc, VB)
     for i in tl.static_range(PV):
         x = (acc[i] - center[None, :]) * inverse[None, :]
