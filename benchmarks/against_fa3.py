@@ -77,15 +77,16 @@ def chunk_row(bandwidth, heads=8, group=8, history=24576, n=8192, dim=128):
     where = cache, table, starts, ends, store.balance
     paged_cuda.append_paged_cuda(k, v, *where, layout.spec.key)
 
-    def unpacked():
-        return paged_cuda.unpack_paged(k, v, *where, total, layout.spec.key)
+    to = torch.tensor([0, total], device="cuda").int()
 
-    key, value, _ = unpacked()
+    def unpacked():
+        return paged_cuda.unpack_paged(k, v, *where[:4], to, where[4], total, total, layout.spec.key)
+
+    key, value = unpacked()
     plain = plain_store(key.transpose(0, 1)[None, :, :total], value.transpose(0, 1)[None, :, :total])
 
     def ours():
-        key, value, cu = unpacked()
-        return flash_attn_varlen_func(q, key, value, n, starts, total, cu_seqlens_k=cu, causal=True,
+        return flash_attn_varlen_func(q, *unpacked(), n, starts, total, cu_seqlens_k=to, causal=True,
                                       softmax_scale=dim**-0.5, fa_version=3)
 
     def theirs():

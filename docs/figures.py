@@ -8,15 +8,12 @@ scripts wrote. The tables of docs/vllm.md too.
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 BEGIN, END = "<!-- figures: written by docs/figures.py -->\n", "<!-- end of figures -->\n"
-SERVING = {"kv_tokens": "tokens that the pool holds", "prefill_tok_s": "prompt tokens per second",
-           "decode_tok_s": "tokens per second, equal concurrency", "burst_tok_s": "tokens per second, burst",
-           "burst_long_tok_s": "tokens per second, burst of long answers",
-           "short_tok_s": "tokens per second, short requests"}
 
 
 def block(f: dict[str, Any]) -> str:
@@ -63,19 +60,27 @@ def others() -> str:
 
 
 def serving() -> str:
-    """vLLM with and without kvarn: the last row of each variant."""
-    with (REPOSITORY / "benchmarks/results/vllm_speed.csv").open() as file:
-        rows = {row["variant"]: row for row in csv.DictReader(file)}
-    base, others = rows["bf16"], [row for name, row in rows.items() if name != "bf16"]
-    lines = ["|  | bf16 | " + " | ".join(f"`{row['variant']}` | times" for row in others) + " |",
-             "| --- | ---: |" + " ---: | ---: |" * len(others)]
-    for key, what in SERVING.items():
-        if all(row[key] for row in rows.values()):
-            cells = (f"{float(row[key]):,.0f} | {float(row[key]) / float(base[key]):.2f}" for row in others)
-            lines.append(f"| {what} | {float(base[key]):,.0f} | " + " | ".join(cells) + " |")
-    return (f"vLLM {base['vllm']} on one {base['card']}, the shape of Qwen3-32B with {base['layers']} layers, a pool "
-            f"of {int(base['pool_bytes']) / 1e9:.0f} GB, prompts of {int(base['prompt']):,} tokens, CUDA graphs, "
-            f"commit {base['commit']} (`benchmarks/vllm/speed.py`):\n\n" + "\n".join(lines) + "\n")
+    """vLLM with and without kvarn: each variant's newest figures."""
+    sys.path.insert(0, str(REPOSITORY / "benchmarks/vllm"))
+    from speed import RATES, latest
+
+    found = latest(REPOSITORY / "benchmarks/results/vllm_speed.csv")
+    names = ["bf16", *(name for name in found if name != "bf16")]
+    lines = ["|  | bf16 | " + " | ".join(f"`{name}` | times" for name in names[1:]) + " |",
+             "| --- | ---: |" + " ---: | ---: |" * len(names[1:])]
+    for what, title in RATES.items():
+        if what not in found["bf16"]:
+            continue
+        base, cells = float(found["bf16"][what]["value"]), []
+        for name in names[1:]:
+            value = float(found[name][what]["value"]) if what in found[name] else None
+            cells.append(f"{value:,.0f} | {value / base:.2f}" if value else " | ")
+        lines.append(f"| {title} | {base:,.0f} | " + " | ".join(cells) + " |")
+    row = found["bf16"]["kv_tokens"]
+    commits = sorted({row["commit"] for figures in found.values() for row in figures.values()})
+    return (f"vLLM {row['vllm']} on one {row['card']}, the shape of Qwen3-32B with {row['layers']} layers, a pool "
+            f"of {int(row['pool_bytes']) / 1e9:.0f} GB, prompts of {int(row['prompt']):,} tokens, CUDA graphs, "
+            f"commit {', '.join(commits)} (`benchmarks/vllm/speed.py`):\n\n" + "\n".join(lines) + "\n")
 
 
 def perplexity() -> str:

@@ -2,17 +2,17 @@
 
 Semantics are the CPU implementations' (append.py, attention.py), with two differences a device imposes: a chunk's
 positions must be consecutive in each row, and a position outside the capacity is not written (an exception would need a
-synchronization); and one of a single query token's (decode_cuda.py). Every decision that depends on data is made on the
+synchronization); and one of few query tokens a row (decode_cuda.py). Every decision that depends on data is made on the
 device, so that a step can be captured in a CUDA graph.
 """
 
 import torch
 from torch import Tensor
 
-from kvarn.decode_cuda import decode_store
+from kvarn.decode_cuda import decode_limit, decode_store
 from kvarn.device import capability, channels_last, kernel_offsets, on_own_device, processors
 from kvarn.errors import ShapeError
-from kvarn.kernels import append, configs, quantize, unpack
+from kvarn.kernels import append, blocks, configs, prefill, quantize, unpack
 from kvarn.layout import store_layout
 from kvarn.raw import append_raw, read_raw
 
@@ -62,6 +62,11 @@ def attend_cuda(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, records: Ten
                 balance: Tensor, mask: Tensor | None, kv_len: int, is_causal: bool, scale: float, spec: str) -> Tensor:
     """Attention of q [B', Hq, n, D] over the store after the append of k, v; see kvarn/attention.py.
 
+    Up to decode_limit tokens read themselves back from the store, as one token does: nearly as they were from the open
+    tile, rounded from a tile that one of them completed, where all later steps read them too. In a longer chunk, and
+    with is_causal, they are attended as given. Under a mask a query that sees a token that is not finite gets NaN; what
+    is hidden from it has no part in its result.
+
     Raises:
         ShapeError: if q does not fit the store.
         SpecError: for a preset no kernel exists for.
@@ -81,8 +86,9 @@ def attend_cuda(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, records: Ten
     if layout.spec.method == "raw":
         key, value = read_raw(records[:rows], tail[:rows], lengths[:rows], layout)
         return _sdpa(q, key[:, :, :kv_len], value[:, :, :kv_len], mask, is_causal, scale, out)
-    if tokens == 1:
+    if not is_causal and tokens <= decode_limit(query_heads // records.shape[1]):
         return decode_store(q, records, tail, lengths, balance, mask, kv_len, scale, layout, out)
+    in_blocks = q.dtype != torch.float32 and scale > 0 and not is_causal
     positions = channels_last(positions if positions.dim() == 2 else positions[None])
     heads, dim = records.shape[1], layout.head_dim
     step = max(1, SCRATCH_BYTES // (2 * heads * kv_len * dim * q.element_size()))
@@ -93,7 +99,26 @@ def attend_cuda(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, records: Ten
         own = positions[part] if positions.shape[0] > 1 else positions
         unpack.unpack(channels_last(k[part]), channels_last(v[part]), own, records[part], tail[part], lengths[part],
                       balance, key, value, *configs.unpack(dim), **kernel_offsets(layout))
-        _sdpa(q[part], key, value, None if mask is None else mask[part], is_causal, scale, out[part])
+        if mask is not None and in_blocks:
+            _masked(q[part], key, value, mask[part], scale, out[part])
+        else:
+            _sdpa(q[part], key, value, None if mask is None else mask[part], is_causal, scale, out[part])
+    return out
+
+
+def _masked(q: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, out: Tensor) -> Tensor:
+    """Attention under a mask into `out`, in blocks of which the mask says which are needed (kernels/blocks.py)."""
+    rows, query_heads, tokens, kv_len = mask.shape
+    config = configs.prefill(q.shape[-1], capability(q.device))
+    if mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    unlike = mask[: 1 if mask.stride(0) == 0 else rows, : 1 if mask.stride(1) == 0 else query_heads]
+    shape, steps = unlike.shape[:2], -(-kv_len // config.keys)
+    sights = mask.new_empty((*shape, tokens, steps), dtype=torch.int8)
+    parts = -(-tokens // config.queries)
+    order, counts = (mask.new_empty((*shape, parts, size), dtype=torch.int32) for size in (steps, 2))
+    blocks.list_seen(unlike, sights, order, counts, config.queries, config.keys)
+    prefill.attend(channels_last(q), key, value, mask, order, counts, out, scale, config)
     return out
 
 

@@ -42,7 +42,7 @@ def decode_store(q: Tensor, records: Tensor, tail: Tensor, lengths: Tensor, bala
     partial, sums, config = _parts(q, rows, heads, group, n, layout.tiles(kv_len), layout)
     visible = lengths.new_empty((rows, heads, 4), dtype=torch.int32) if mask is not None else lengths
     if mask is not None:
-        extent.extent(mask, visible, num_warps=4)
+        extent.extent(mask, visible)
     q_b, q_h, q_n, _ = q.stride()
     decode.decode(q, balance, signs(layout, q.device), records, tail, lengths, lengths, lengths, visible, mask,
                   partial, sums, (q_b, q_n, q_h, layout.record_bytes, 0), records.shape[2], kv_len, group, n, UNLIMITED,

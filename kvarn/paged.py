@@ -48,6 +48,14 @@ class Batch:
         return Batch(table.long(), starts, count, end - count, end)
 
 
+def unpacked_starts(starts: Tensor, ends: Tensor) -> Tensor:
+    """[B + 1] int32: where rows' keys start when they are unpacked one row after the other. A row without new tokens
+    has none."""
+    found = torch.zeros_like(starts, dtype=torch.int32)
+    found[1:] = torch.where(starts.diff() > 0, ends, 0).cumsum(0)
+    return found
+
+
 def append_paged_cpu(k: Tensor, v: Tensor, cache: Tensor, table: Tensor, starts: Tensor, ends: Tensor,
                      balance: Tensor, spec: str) -> None:
     """Store a step's tokens.

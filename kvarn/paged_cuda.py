@@ -11,6 +11,7 @@ from kvarn.decode_cuda import decode_limit, decode_paged
 from kvarn.device import capability, channels_last, check_blocks, kernel_offsets, on_own_device, processors
 from kvarn.errors import ShapeError
 from kvarn.kernels import configs, paged_append, paged_unpack, raw_pages
+from kvarn.paged import unpacked_starts
 from kvarn.paged_layout import PagedLayout, paged_layout
 
 SCRATCH_BYTES = 1 << 28
@@ -40,14 +41,17 @@ def append_paged_cuda(k: Tensor, v: Tensor, cache: Tensor, table: Tensor, starts
                         layout.page, layout.spare, **kernel_offsets(layout))
 
 
-def unpack_paged(k: Tensor, v: Tensor, cache: Tensor, table: Tensor, starts: Tensor, ends: Tensor, balance: Tensor,
-                 max_end: int, spec: str) -> tuple[Tensor, Tensor, Tensor]:
+def unpack_paged(k: Tensor, v: Tensor, cache: Tensor, table: Tensor, starts: Tensor, ends: Tensor, to: Tensor,
+                 balance: Tensor, size: int, max_end: int, spec: str) -> tuple[Tensor, Tensor]:
     """The keys and values that a step's rows attend, for a variable-length attention; arguments as in attend_paged.
 
+    Args:
+        to: unpacked_starts of the rows (paged.py), which every layer of a step shares.
+        size: at least to[B].
+
     Returns:
-        key, value: [B * max_end, H, D] in k's dtype, plain frame; row b's tokens, the step's own unrounded, are entries
-            cu_seqlens[b] .. cu_seqlens[b + 1] - 1. A row without new tokens has none. What follows the last is unset.
-        cu_seqlens: [B + 1] int32.
+        key, value: [size, H, D] in k's dtype, plain frame; row b's tokens, the step's own unrounded, are entries to[b]
+            .. to[b + 1] - 1. What follows the last is unset.
 
     Raises:
         ShapeError: if k and v do not fit the cache.
@@ -55,16 +59,14 @@ def unpack_paged(k: Tensor, v: Tensor, cache: Tensor, table: Tensor, starts: Ten
     """
     layout = paged_layout(spec, k.shape[-1], k.dtype)
     _check(k, v, cache, layout)
-    rows, heads, dim = table.shape[0], k.shape[1], k.shape[2]
-    to = torch.zeros(rows + 1, dtype=torch.int32, device=k.device)
-    to[1:] = torch.where(starts.diff() > 0, ends, 0).cumsum(0)
-    key, value = (k.new_empty(rows * max_end, heads, dim) for _ in range(2))
+    heads, dim = k.shape[1:]
+    key, value = (k.new_empty(size, heads, dim) for _ in range(2))
     if layout.spec.method == "raw":
         raw_pages.read(cache, table, starts, ends, to, key, value, max_end, **configs.raw_offsets(layout))
     else:
         paged_unpack.unpack(channels_last(k), channels_last(v), cache, table, starts, ends, to, balance, key, value,
                             max_end, *configs.unpack_paged(dim), layout.page, layout.spare, **kernel_offsets(layout))
-    return key, value, to
+    return key, value
 
 
 @on_own_device
@@ -90,7 +92,9 @@ def attend_paged_cuda(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Ten
     step = max(1, SCRATCH_BYTES // (2 * max_end * k.shape[1] * layout.head_dim * k.element_size()))
     for low in range(0, rows, step):
         part, edges = slice(low, low + step), starts[low : low + step + 1]
-        key, value, to = unpack_paged(k, v, cache, table[part], edges, ends[part], balance, max_end, spec)
+        to = unpacked_starts(edges, ends[part])
+        key, value = unpack_paged(k, v, cache, table[part], edges, ends[part], to, balance, (len(to) - 1) * max_end,
+                                  max_end, spec)
         attention = _flash if _has_flash(q) else _padded
         found = attention(q, key, value, edges, to, max_count, max_end, scale)
         token = torch.arange(q.shape[0], device=q.device)

@@ -1,13 +1,12 @@
-"""A plot of the last row of each variant in vllm_speed.csv, as a multiple of stock bfloat16.
+"""A plot of each variant's newest figures in vllm_speed.csv, as a multiple of stock bfloat16.
 
     python benchmarks/vllm/plot_speed.py [--csv FILE] [--out FILE]
 """
 
 import argparse
-import csv
 from pathlib import Path
 
-from speed import RATES, RESULTS
+from speed import RATES, RESULTS, latest
 
 
 def main():
@@ -15,30 +14,30 @@ def main():
     parser.add_argument("--csv", type=Path, default=RESULTS / "vllm_speed.csv")
     parser.add_argument("--out", type=Path, default=RESULTS / "vllm_speed.png")
     args = parser.parse_args()
-    with args.csv.open(newline="") as file:
-        rows = {row["variant"]: row for row in csv.DictReader(file)}
-    plot(rows, args.out)
+    plot(latest(args.csv), args.out)
 
 
-def plot(rows, path):
-    """Bars by measurement, one color per variant."""
+def plot(found, path):
+    """Bars by measurement, one color per variant; `found` as latest gives it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    base = rows["bf16"]
-    names = [name for name in RATES if base[name]]
+    base = found["bf16"]
+    names = [name for name in RATES if name in base]
     figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
-    width = 0.8 / len(rows)
-    for i, (variant, row) in enumerate(rows.items()):
-        ratios = [float(row[name] or 0) / float(base[name]) for name in names]
-        at = [x + (i - (len(rows) - 1) / 2) * width for x in range(len(names))]
+    width = 0.8 / len(found)
+    for i, (variant, row) in enumerate(found.items()):
+        have = [x for x, name in enumerate(names) if name in row]
+        ratios = [float(row[names[x]]["value"]) / float(base[names[x]]["value"]) for x in have]
+        at = [x + (i - (len(found) - 1) / 2) * width for x in have]
         axes.bar_label(axes.bar(at, ratios, width, label=variant), fmt="%.2f", fontsize=7)
-    axes.set_xticks(range(len(names)), [name.replace("_tok_s", "").replace("_", " ") for name in names])
+    axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.set_ylabel("times bfloat16")
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_title(f"{base['card']}, vLLM {base['vllm']}, {base['layers']} layers of Qwen3-32B's shape, {base['date']}")
+    row = base[names[0]]
+    axes.set_title(f"{row['card']}, vLLM {row['vllm']}, {row['layers']} layers of Qwen3-32B's shape, {row['date']}")
     axes.legend()
     figure.savefig(path, dpi=120)
 

@@ -1,23 +1,29 @@
 """Serving speed and capacity under vLLM: stock bfloat16, TurboQuant and kvarn, each in a process of its own.
 
-    python benchmarks/vllm/speed.py [--variants bf16 turboquant_4bit_nc kvarn_k4v2_g128] [--parts ...] [--tiny]
+    python benchmarks/vllm/speed.py [--variants bf16 kvarn_k4v2_g128 turboquant_4bit_nc=burst,short] [--parts ...]
 
 The model has the shape of Qwen3-32B with 16 of its 64 layers and random weights (its text means nothing; what the
-tokens cost does not depend on it), a pool of 14 GB, prompts of 15,872 random tokens. One row per variant goes to
-vllm_speed.csv in $OUT or benchmarks/results. --tiny is a model for a CPU, to see the script work.
+tokens cost does not depend on it), a pool of 14 GB, prompts of 15,872 random tokens. A variant runs the parts after its
+"=", else those of --parts, in that order. Each figure is a row of vllm_speed.csv in $OUT or benchmarks/results, written
+as soon as it is known: a run that is cut keeps what it has. --tiny is a model for a CPU, to see the script work.
 """
 
 import argparse
+import csv
 import datetime
 import json
+import os
 import platform
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
+from threading import Timer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rows import RESULTS, append, commit
@@ -34,14 +40,20 @@ FULL_SIZE = {"prompt": 15872, "pool": 14_000_000_000, "seqs": 64, "batched": 819
 TINY_SIZE = {"prompt": 300, "pool": 4 << 20, "seqs": 8, "batched": 512, "burst": 12, "out": 8, "long_out": 16,
              "equal": 4, "short": (16, 16, 8), "prefill": 4}
 PARTS = ("prefill", "decode", "burst", "short", "burst_long")
-VARIANTS = ("bf16", "turboquant_4bit_nc", "kvarn_k4v2_g128")
-RATES = ("kv_tokens", "prefill_tok_s", "decode_tok_s", "burst_tok_s", "burst_long_tok_s", "short_tok_s")
+VARIANTS = ("bf16", "kvarn_k4v2_g128", "turboquant_4bit_nc")
+RATES = {"kv_tokens": "tokens that the pool holds", "prefill": "prompt tokens per second",
+         "decode": "tokens per second, equal concurrency", "burst": "tokens per second, burst",
+         "burst_long": "tokens per second, burst of long answers", "short": "tokens per second, short requests"}
+"""Figures of which more is better; the other rows are seconds."""
+SETTINGS = ("card", "layers", "prompt", "pool_bytes", "max_num_seqs", "batched_tokens", "eager", "cudagraph_mode")
+"""Columns in which rows must agree to be compared."""
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, help="bf16 or a --kv-cache-dtype of vLLM's or ours")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:4])
+    parser.add_argument("--variants", nargs="+", default=VARIANTS,
+                        help="bf16 or a --kv-cache-dtype of vLLM's or ours; +fuse_rope after ours sets that option")
+    parser.add_argument("--parts", default=",".join(PARTS), help="of " + ",".join(PARTS))
     parser.add_argument("--layers", type=int)
     parser.add_argument("--batched", type=int, help="max_num_batched_tokens")
     parser.add_argument("--cudagraph-mode", help="e.g. FULL_DECODE_ONLY; vLLM's own choice if left out")
@@ -50,40 +62,46 @@ def main():
     parser.add_argument("--timeout", type=int, default=300, help="seconds for one variant")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    todo = {name: (parts or args.parts).split(",") for name, _, parts in (v.partition("=") for v in args.variants)}
+    wrong = {part for parts in todo.values() for part in parts} - set(PARTS)
+    if wrong:
+        parser.error(f"no such parts: {', '.join(sorted(wrong))}; valid: {', '.join(PARTS)}")
     if args.child:
-        print("ROW " + json.dumps(measure(args)), flush=True)
+        measure(args, todo[args.child])
         return
-    rows = [row for variant in args.variants if (row := run(variant, args))]
-    if rows:
-        append(RESULTS / "vllm_speed.csv", rows)
-        show(rows)
-    if len(rows) < len(args.variants):
+    ended = [run(variant, args.timeout) for variant in todo]
+    if (RESULTS / "vllm_speed.csv").exists():
+        show(latest(RESULTS / "vllm_speed.csv"), todo)
+    if not all(ended):
         sys.exit("not every variant came to its end")
 
 
-def run(variant, args):
-    """One variant in a process of its own; its row, or None with the end of its log printed."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--child", variant]
-    with tempfile.TemporaryFile("w+") as log:
-        begin = time.monotonic()
-        try:
-            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=args.timeout, check=False)
-        except subprocess.TimeoutExpired:
-            print(f"{variant}: more than {args.timeout} s", flush=True)
-        log.seek(0)
-        lines = log.read().splitlines()
-    for line in lines:
-        if re.search(r"^PART |KV cache size:|kvarn: | backend|capturing|Graph capturing", line):
-            print(f"[{variant}] {re.sub(r'^.*?[]] ', '', line)[:220]}", flush=True)
-    row = next((json.loads(line[4:]) for line in lines if line.startswith("ROW ")), None)
-    if row is None:
-        print("\n".join(lines[-60:]), flush=True)
-        return None
-    return row | {"wall_s": round(time.monotonic() - begin, 1)}
+def run(variant, seconds):
+    """One variant in a process of its own, which is ended with all that it started after so many seconds; its rows are
+    appended as they come. True if it came to its end; else the end of its log is printed.
+    """
+    begin, log = time.monotonic(), deque(maxlen=60)
+    child = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--child", variant], stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
+    end = Timer(seconds, os.killpg, (child.pid, signal.SIGKILL))
+    end.start()
+    for line in child.stdout:
+        log.append(line.rstrip())
+        if line.startswith("ROW "):
+            row = json.loads(line[4:])
+            append(RESULTS / "vllm_speed.csv", [row])
+            print(f"[{variant}] {row['what']} {row['value']:,} at {time.monotonic() - begin:.0f} s", flush=True)
+        elif re.search(r"KV cache size:|kvarn: | backend|Graph capturing", line):
+            print(f"[{variant}] {re.sub(r'^.*?[]] ', '', line.rstrip())[:220]}", flush=True)
+    end.cancel()
+    if child.wait() == 0:
+        return True
+    print(f"{variant}: ended after {time.monotonic() - begin:.0f} s", *log, sep="\n", flush=True)
+    return False
 
 
-def measure(args):
-    """Start the engine and go through the parts."""
+def measure(args, parts):
+    """Start the engine and go through the parts, a line for each figure."""
     size = dict(TINY_SIZE if args.tiny else FULL_SIZE)
     size["batched"] = args.batched or size["batched"]
     config = dict(TINY if args.tiny else QWEN3)
@@ -92,27 +110,31 @@ def measure(args):
         (Path(folder) / "config.json").write_text(json.dumps(config))
         begin = time.monotonic()
         llm = engine(folder, args, size)
-        row = {"variant": args.child, "start_s": round(time.monotonic() - begin, 1)}
+        start = time.monotonic() - begin
+    context = where(args, config, size)
+
+    def found(what, value):
+        print("ROW " + json.dumps({"variant": args.child, "what": what, "value": value} | context), flush=True)
+
     cache = llm.llm_engine.vllm_config.cache_config
-    row |= {"kv_tokens": cache.num_gpu_blocks * cache.block_size, "kv_tokens_at_max_len": cache.kv_cache_size_tokens,
-            "blocks": cache.num_gpu_blocks, "block_size": cache.block_size}
+    found("start_s", round(start, 1))
+    found("kv_tokens", cache.num_gpu_blocks * cache.block_size)
+    found("kv_tokens_at_max_len", cache.kv_cache_size_tokens)
     client = Client(llm, config["vocab_size"])
-    first, second = (client.serve([size["prompt"] // 8], 1)["seconds"] for _ in range(2))
-    row |= {"first_request_ms": round(first * 1e3, 1), "second_request_ms": round(second * 1e3, 1)}
-    for part in PARTS:
-        for name in columns(part):
-            row[name] = ""
-        if part in args.parts:
-            row |= rates(part, client, size)
-            print("PART " + json.dumps({name: row[name] for name in columns(part)}), flush=True)
+    for what in ("first_request_s", "second_request_s"):
+        found(what, round(client.serve([size["prompt"] // 8], 1)["seconds"], 4))
+    for part in parts:
+        found(part, round(rate(part, client, size), 1))
     llm.llm_engine.engine_core.shutdown()
-    return row | where(args, config, size)
 
 
 def engine(folder, args, size):
     from vllm import LLM
 
-    own = {} if args.child == "bf16" else {"kv_cache_dtype": args.child}
+    name, _, option = args.child.partition("+")
+    own = {} if name == "bf16" else {"kv_cache_dtype": name}
+    if option:
+        own["additional_config"] = {"kvarn": {option: True}}
     if args.cudagraph_mode:
         own["compilation_config"] = {"cudagraph_mode": args.cudagraph_mode}
     return LLM(model=folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_num_seqs=size["seqs"],
@@ -121,24 +143,16 @@ def engine(folder, args, size):
                **own)
 
 
-def columns(part):
-    return {"burst": ("burst_tok_s", "burst_s"), "burst_long": ("burst_long_tok_s", "burst_long_s")}.get(
-        part, (f"{part}_tok_s",))
-
-
-def rates(part, client, size):
-    """The columns of one part."""
+def rate(part, client, size):
+    """Tokens per second of one part."""
     if part == "prefill":
-        count = size["prefill"]
-        return {"prefill_tok_s": round(count * size["prompt"] / client.serve([size["prompt"]] * count, 1)["seconds"])}
+        return size["prefill"] * size["prompt"] / client.serve([size["prompt"]] * size["prefill"], 1)["seconds"]
     if part == "decode":
-        return {"decode_tok_s": round(client.serve([size["prompt"]] * size["equal"], size["out"])["decode"], 1)}
+        return client.serve([size["prompt"]] * size["equal"], size["out"])["decode"]
     if part == "short":
         count, prompt, out = size["short"]
-        return {"short_tok_s": round(client.serve([prompt] * count, out)["rate"], 1)}
-    out = size["out" if part == "burst" else "long_out"]
-    served = client.serve([size["prompt"]] * size["burst"], out)
-    return {f"{part}_tok_s": round(served["rate"], 1), f"{part}_s": round(served["seconds"], 1)}
+        return client.serve([prompt] * count, out)["rate"]
+    return client.serve([size["prompt"]] * size["burst"], size["out" if part == "burst" else "long_out"])["rate"]
 
 
 class Client:
@@ -191,15 +205,27 @@ def where(args, config, size):
             "torch": torch.__version__, "date": datetime.date.today().isoformat(), "commit": commit()}
 
 
-def show(rows):
-    """One line per variant; in brackets the ratio to the first."""
+def latest(path):
+    """The newest row of each variant's each figure, {variant: {what: row}}, on the card and with the settings of bf16's
+    last row, if it has any, else of the last."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    base = ([row for row in rows if row["variant"] == "bf16"] or rows)[-1]
+    found = {}
     for row in rows:
-        cells = [f"{row['variant']:<20}"]
-        for name in RATES:
-            if row[name] != "":
-                cells.append(f"{name} {row[name]:,} ({row[name] / rows[0][name]:.2f}x)")
-        cells.append(f"first/second request {row['first_request_ms']}/{row['second_request_ms']} ms")
-        cells.append(f"start {row['start_s']} s, all {row['wall_s']} s")
+        if all(row[name] == base[name] for name in SETTINGS):
+            found.setdefault(row["variant"], {})[row["what"]] = row
+    return found
+
+
+def show(found, variants):
+    """One line per variant; in brackets the ratio to bf16."""
+    for variant in variants:
+        cells = [f"{variant:<20}"]
+        for what, row in found.get(variant, {}).items():
+            base = found.get("bf16", {}).get(what)
+            ratio = f" ({float(row['value']) / float(base['value']):.2f}x)" if base else ""
+            cells.append(f"{what} {float(row['value']):,}{ratio}")
         print("  ".join(cells), flush=True)
 
 

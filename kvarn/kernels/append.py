@@ -12,7 +12,7 @@ from kvarn.kernels.rotation import rotate, rotate_scaled
 from kvarn.kernels.tail import write_tail
 
 
-@triton.jit(do_not_specialize=["p_b", "n", "T"])
+@triton.jit(do_not_specialize=["p_b", "n", "T"], do_not_specialize_on_alignment=["positions"])
 def open_tile(
     k,  # [B, H, n, D] model dtype, plain frame
     v,  # [B, H, n, D] model dtype, plain frame
@@ -51,20 +51,20 @@ def open_tile(
             x = load_rows(k + b * k_b + h * k_h, k_t, row, natural, fresh, Q)
             x = rotate_scaled(x, balance + h * 4 * Q, natural, Q)
             y = rotate(load_rows(v + b * v_b + h * v_h, v_t, row, natural, fresh, Q), natural, Q)
-            x, y = finite4(x)[0], finite4(y)[0]
+            x, y = finite4(x, 1)[0], finite4(y, 1)[0]
             if not held:
                 kept = decode_keys(rec, tok, natural, ~fresh, Q, KB, E, VW, K_CODES, SCALARS, CHANNEL, TOKEN, EXACT,
                                    EXACT_AT)
-                x = select(fresh, x, kept)
+                x = select(fresh, x, kept, 1)
                 kept = decode_values(rec, tok, natural, ~fresh, G, Q, VB, E, VW, V_CODES, SCALARS, TOKEN, W, M, EXACT,
                                      EXACT_AT)
-                y = select(fresh, y, kept)
+                y = select(fresh, y, kept, 1)
             write_tail(own, x, y, tok, fresh | (held == 0), Q, VW, WORDS, K_SCALE, V_SCALE)
         if h == 0:
             tl.store(lengths + b, last + 1)
 
 
-@triton.jit(do_not_specialize=["p_b", "T", "heads"])
+@triton.jit(do_not_specialize=["p_b", "T", "heads"], do_not_specialize_on_alignment=["positions"])
 def write_token(
     k,  # [B, H, 1, D] model dtype, plain frame
     v,  # [B, H, 1, D] model dtype, plain frame
@@ -91,7 +91,7 @@ def write_token(
             x = rotate((x[0].to(tl.float32) * s[0], x[1].to(tl.float32) * s[1], x[2].to(tl.float32) * s[2],
                         x[3].to(tl.float32) * s[3]), natural, Q)
             y = rotate(load_rows(v + b * v_b, v_h, head, natural, some, Q), natural, Q)
-            write_tail(tail + (b * heads + head) * TAIL, finite4(x)[0], finite4(y)[0], slot, some, Q, VW, WORDS,
+            write_tail(tail + (b * heads + head) * TAIL, finite4(x, 1)[0], finite4(y, 1)[0], slot, some, Q, VW, WORDS,
                        K_SCALE, V_SCALE)
         tl.store(lengths + b, position + 1)
 

@@ -94,17 +94,21 @@ def combine(parts: int, head_dim: int) -> tuple[int, int]:
 
 
 def fill(head_dim: int, group: int, capability: int) -> tuple[int, int | None]:
-    """Warps and register limit of the kernels that round whole tiles, of those that spill nothing up to head_dim 128
-    on sm_90.
+    """Warps and register limit of the kernels that round whole tiles: at head_dim 128 a few registers too little, so
+    that three programs run at once and not two.
 
-    There at most one warp for 16 tokens: a matrix product of more reads beyond its operand in shared memory. From
-    sm_100 on 16: with fewer, products go through tensor memory, and a compiler pass of Triton 3.7 for that fails.
+    At most one warp for 16 tokens: with more, warps would have no tokens of their own (rotation.across_times).
     """
-    return 16 if capability >= 100 else min({64: 4, 128: 4, 256: 8}[head_dim], group // 16), None
+    warps, maxnreg = {64: (4, None), 128: (4, 168), 256: (8, None)}[head_dim]
+    return min(warps, group // 16), maxnreg
 
 
 def leave(head_dim: int, group: int, capability: int) -> int:
-    """Warps of the kernels that round tiles of which a part is packed or in the tail already; as in fill."""
+    """Warps of the kernels that round tiles of which a part is packed or in the tail already.
+
+    At most as in fill. From sm_100 on 16: with fewer, products with tokens as rows go through tensor memory, and a
+    compiler pass of Triton 3.7 for that fails.
+    """
     return 16 if capability >= 100 else min({64: 4, 128: 8, 256: 8}[head_dim], group // 16)
 
 
@@ -137,6 +141,7 @@ class PrefillConfig:
         queries, keys: of a block.
         part: keys at a time where the mask is read: what a program holds of them comes on top of its result.
         num_warps, num_stages: compiler options.
+        turns: whether two warp groups (sm_90, eight warps) take turns at the matrix units.
     """
 
     queries: int
@@ -144,6 +149,7 @@ class PrefillConfig:
     part: int
     num_warps: int
     num_stages: int
+    turns: bool = False
 
 
 def prefill(head_dim: int, capability: int) -> PrefillConfig:

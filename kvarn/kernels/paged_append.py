@@ -9,14 +9,14 @@ import triton.language as tl
 from kvarn.kernels.bits import exchanged
 from kvarn.kernels.configs import ROWS_PER_LOOK
 from kvarn.kernels.pages import open_from, page_of, row_extent, row_of_token, write_pages
-from kvarn.kernels.quantize import round_rows
-from kvarn.kernels.quarters import finite4, load_rows, row_of, select
-from kvarn.kernels.record import encode_keys, encode_values, find_exact, write_exact_key, write_exact_value
-from kvarn.kernels.rotation import rotate, rotate_scaled
-from kvarn.kernels.tail import read_tail_keys, read_tail_values
+from kvarn.kernels.quantize import round_keys, round_rows, round_values
+from kvarn.kernels.quarters import load_rows, select
+from kvarn.kernels.rotation import rotate_across, rotate_scaled_across, turned
+from kvarn.kernels.tail import scaled, tail_keys, tail_values
 
 
-@triton.jit(do_not_specialize=["n", "B", "H", "t_b", "steps", "writers", "per"])
+@triton.jit(do_not_specialize=["n", "B", "H", "t_b", "steps", "writers", "per"],
+            do_not_specialize_on_alignment=["table", "starts", "ends"])
 def append_pages(
     k,  # [n, H, D] model dtype, plain frame
     v,  # [n, H, D] model dtype, plain frame
@@ -93,26 +93,20 @@ def close_row(
     start, first, end = row_extent(starts, ends, b, b >= 0)
     tile = first // G
     rec = cache + tl.load(blocks + tile).to(tl.int64) * c_b
-    tok, natural, channel = exchanged(tl.arange(0, G)), tl.arange(0, Q), exchanged(tl.arange(0, Q))
+    tok, natural = exchanged(tl.arange(0, G)), tl.arange(0, Q)
     row = tile * G + tok - first
     new = row >= 0
     row += start
     page = page_of(cache, blocks, tile, tok, ~new, c_b, PAGE, SPARE)
-    y = rotate(load_rows(v, v_t, row, natural, new, Q), natural, Q)
-    y, norm = finite4(select(new, y, read_tail_values(page, tok % PAGE, ~new, Q, VW, WORDS, V_SCALE)))
-    exact = find_exact(rec, norm, tok, G, E, EXACT_AT)
-    tl.debug_barrier()  # exact_at is read back
-    for e in tl.static_range(E):
-        value = row_of(y, tok == tl.load(rec + EXACT_AT + e).to(tl.int32))
-        write_exact_value(rec, e, value, Q, VW, SCALARS, EXACT)
-    words = encode_values(rec, y, norm, exact, tok, G, Q, VB, V_CODES, SCALARS, W, M)
-    tl.debug_barrier()  # the exact tokens' values are there
-    x = rotate_scaled(load_rows(k, k_t, row, natural, new, Q), scale, channel, Q)
-    x, norm = finite4(select(new, x, read_tail_keys(page, tok % PAGE, channel, ~new, Q, VW, WORDS, K_SCALE)))
-    for e in tl.static_range(E):
-        key = row_of(x, tok == tl.load(rec + EXACT_AT + e).to(tl.int32))
-        write_exact_key(rec, e, key, channel, Q, VW, SCALARS, EXACT)
-    encode_keys(rec, x, norm, words, exact, tok, Q, KB, K_CODES, CHANNEL, TOKEN)
+    y = rotate_across(load_rows(v, v_t, row, natural, new, Q), Q)
+    codes, unit = tail_values(page, tok % PAGE, natural, ~new, Q, VW, WORDS, V_SCALE)
+    y = select(new, y, scaled(turned(codes, Q), unit[None, :]), 0)
+    values, words, exact, found = round_values(rec, y, scale, G, Q, VB, E, V_CODES, SCALARS, W, M)
+    x = rotate_scaled_across(load_rows(k, k_t, row, natural, new, Q), scale, Q)
+    codes, unit = tail_keys(page, tok % PAGE, natural, ~new, Q, VW, WORDS, K_SCALE)
+    x = select(new, x, scaled(turned(codes, Q), unit[None, :]), 0)
+    round_keys(rec, x, values, words, exact, found, scale, G, Q, KB, E, VW, K_CODES, SCALARS, CHANNEL, TOKEN, EXACT,
+               EXACT_AT)
     if end - first > PAGE:
         tl.debug_barrier()  # the pages have been read
         for at in range(tl.maximum(open_from(end, G, PAGE), first), end, R):
@@ -121,7 +115,7 @@ def close_row(
                         k_t, 0, v_t, 0, c_b, 0, G, Q, VW, WORDS, K_SCALE, V_SCALE, PAGE, SPARE)
 
 
-@triton.jit(do_not_specialize=["B", "t_b"])
+@triton.jit(do_not_specialize=["B", "t_b"], do_not_specialize_on_alignment=["table", "starts", "ends"])
 def fill_blocks(
     k,  # [n, H, D] model dtype, plain frame
     v,  # [n, H, D] model dtype, plain frame

@@ -8,18 +8,11 @@ import triton.language as tl
 
 from kvarn.kernels.bits import exchanged
 from kvarn.kernels.configs import ROWS_PER_LOOK
-from kvarn.kernels.quarters import finite4, finite_row, load_rows, row_of, select
-from kvarn.kernels.record import (
-    decode_keys,
-    decode_values,
-    encode_keys,
-    encode_values,
-    find_exact,
-    write_exact_key,
-    write_exact_value,
-)
-from kvarn.kernels.rotation import rotate, rotate_one, rotate_scaled
-from kvarn.kernels.tail import read_tail_keys, read_tail_values, write_tail
+from kvarn.kernels.encode import encode_keys, encode_values, exact_columns, find_exact, write_exact
+from kvarn.kernels.quarters import finite4, load_rows, select, spread
+from kvarn.kernels.record import decode_keys, decode_values
+from kvarn.kernels.rotation import rotate_across, rotate_scaled_across, turned
+from kvarn.kernels.tail import scaled, tail_keys, tail_values, write_tail
 
 
 @triton.jit
@@ -32,25 +25,43 @@ def round_rows(
     K_CODES: tl.constexpr, V_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr,
     W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr,
 ):
-    """Round a tile that is all new. Values first, then keys: only one of them is in registers. An exact token is taken
-    from memory again: to find its row among all that are in registers costs more.
+    """Round a tile that is all new. Values first, then keys: only one of them is in registers."""
+    tok, natural = exchanged(tl.arange(0, G)), tl.arange(0, Q)
+    y = rotate_across(load_rows(v, v_t, origin + tok, natural, tok >= 0, Q), Q)
+    values, words, exact, found = round_values(rec, y, scale, G, Q, VB, E, V_CODES, SCALARS, W, M)
+    x = rotate_scaled_across(load_rows(k, k_t, origin + tok, natural, tok >= 0, Q), scale, Q)
+    round_keys(rec, x, values, words, exact, found, scale, G, Q, KB, E, VW, K_CODES, SCALARS, CHANNEL, TOKEN, EXACT,
+               EXACT_AT)
+
+
+@triton.jit
+def round_values(
+    rec, y, scale, G: tl.constexpr, Q: tl.constexpr, VB: tl.constexpr, E: tl.constexpr, V_CODES: tl.constexpr,
+    SCALARS: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
+):
+    """The values' part of a record, of y, a tile as encode.py has it: nothing of what reading its keys takes. Returns
+    what round_keys needs.
     """
-    tok, natural, channel = exchanged(tl.arange(0, G)), tl.arange(0, Q), exchanged(tl.arange(0, Q))
-    y, norm = finite4(rotate(load_rows(v, v_t, origin + tok, natural, tok >= 0, Q), natural, Q))
-    exact = find_exact(rec, norm, tok, G, E, EXACT_AT)
-    words = encode_values(rec, y, norm, exact, tok, G, Q, VB, V_CODES, SCALARS, W, M)
-    x, norm = finite4(rotate_scaled(load_rows(k, k_t, origin + tok, natural, tok >= 0, Q), scale, channel, Q))
-    encode_keys(rec, x, norm, words, exact, tok, Q, KB, K_CODES, CHANNEL, TOKEN)
-    tl.debug_barrier()  # exact_at is read back
-    for e in tl.static_range(E):
-        row = (origin + tl.load(rec + EXACT_AT + e).to(tl.int32)).to(tl.int64)
-        value, key = rotate_one(v + row * v_t, scale, False, Q), rotate_one(k + row * k_t, scale, True, Q)
-        write_exact_value(rec, e, finite_row(value), Q, VW, SCALARS, EXACT)
-        tl.debug_barrier()
-        write_exact_key(rec, e, finite_row(key), natural, Q, VW, SCALARS, EXACT)
+    y, norm = finite4(y, 0)
+    norm = spread(norm, scale, 4 * Q)
+    exact, found = find_exact(norm, G, E)
+    values = exact_columns(y, found, scale, G, Q, E)
+    return values, encode_values(rec, y, norm, exact, scale, G, Q, VB, V_CODES, SCALARS, W, M), exact, found
 
 
-@triton.jit(do_not_specialize=["p_b", "n", "T"])
+@triton.jit
+def round_keys(
+    rec, x, values, words, exact, found, scale, G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, E: tl.constexpr,
+    VW: tl.constexpr, K_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr,
+    EXACT: tl.constexpr, EXACT_AT: tl.constexpr,
+):
+    """The rest of a record, of its keys x, a tile as encode.py has it."""
+    x, norm = finite4(x, 0)
+    write_exact(rec, found, exact_columns(x, found, scale, G, Q, E), values, Q, E, VW, SCALARS, EXACT, EXACT_AT)
+    encode_keys(rec, x, spread(norm, scale, 4 * Q), words, exact, scale, G, Q, KB, K_CODES, CHANNEL, TOKEN)
+
+
+@triton.jit(do_not_specialize=["p_b", "n", "T"], do_not_specialize_on_alignment=["positions"])
 def fill_tiles(
     k,  # [B, H, n, D] model dtype, plain frame
     v,  # [B, H, n, D] model dtype, plain frame
@@ -73,7 +84,7 @@ def fill_tiles(
                    G, Q, KB, VB, E, VW, K_CODES, V_CODES, SCALARS, CHANNEL, TOKEN, W, M, EXACT, EXACT_AT)
 
 
-@triton.jit(do_not_specialize=["p_b", "n", "T", "rows", "per"])
+@triton.jit(do_not_specialize=["p_b", "n", "T", "rows", "per"], do_not_specialize_on_alignment=["positions"])
 def leave_tiles(
     k,  # [B, H, n, D] model dtype, plain frame
     v,  # [B, H, n, D] model dtype, plain frame
@@ -141,41 +152,28 @@ def leave_tile(
     """Round one head's tile: its tokens from `first` on from k, v [n, D] if it has new ones, the others from the tail
     `own` if the tail holds it, else from its record `rec`.
     """
-    tok, natural, channel = exchanged(tl.arange(0, G)), tl.arange(0, Q), exchanged(tl.arange(0, Q))
+    tok, natural = exchanged(tl.arange(0, G)), tl.arange(0, Q)
     row = tile * G + tok - first
     fresh = (row >= 0) & (row < n) & has_new
-    y = rotate(load_rows(v, v_t, row, natural, fresh, Q), natural, Q)
-    x = rotate_scaled(load_rows(k, k_t, row, natural, fresh, Q), scale, channel, Q)
+    y = rotate_across(load_rows(v, v_t, row, natural, fresh, Q), Q)
     if held:
-        y = select(fresh, y, read_tail_values(own, tok, ~fresh, Q, VW, WORDS, V_SCALE))
-        x = select(fresh, x, read_tail_keys(own, tok, channel, ~fresh, Q, VW, WORDS, K_SCALE))
+        codes, unit = tail_values(own, tok, natural, ~fresh, Q, VW, WORDS, V_SCALE)
+        y = select(fresh, y, scaled(turned(codes, Q), unit[None, :]), 0)
     else:
-        y = select(fresh, y, decode_values(rec, tok, natural, ~fresh, G, Q, VB, E, VW, V_CODES, SCALARS, TOKEN, W, M,
-                                           EXACT, EXACT_AT))
-        x = select(fresh, x, decode_keys(rec, tok, channel, ~fresh, Q, KB, E, VW, K_CODES, SCALARS, CHANNEL, TOKEN,
-                                         EXACT, EXACT_AT))
-    round_tile(rec, x, y, tok, G, Q, KB, VB, E, VW, K_CODES, V_CODES, SCALARS, CHANNEL, TOKEN, W, M, EXACT, EXACT_AT)
-
-
-@triton.jit
-def round_tile(
-    rec, x, y, tok, G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, E: tl.constexpr,
-    VW: tl.constexpr, K_CODES: tl.constexpr, V_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr,
-    TOKEN: tl.constexpr, W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr,
-):
-    """Write the record of keys x (channels exchanged) and values y, four quarters [G, Q] each in the store frame."""
-    tl.debug_barrier()  # what x and y were read from, this record perhaps, is read whole before it is written
-    y, v_norm = finite4(y)
-    x, k_norm = finite4(x)
-    exact = find_exact(rec, v_norm, tok, G, E, EXACT_AT)
-    tl.debug_barrier()  # exact_at is read back
-    for e in tl.static_range(E):
-        hit = tok == tl.load(rec + EXACT_AT + e).to(tl.int32)
-        write_exact_value(rec, e, row_of(y, hit), Q, VW, SCALARS, EXACT)
-        tl.debug_barrier()
-        write_exact_key(rec, e, row_of(x, hit), exchanged(tl.arange(0, Q)), Q, VW, SCALARS, EXACT)
-    words = encode_values(rec, y, v_norm, exact, tok, G, Q, VB, V_CODES, SCALARS, W, M)
-    encode_keys(rec, x, k_norm, words, exact, tok, Q, KB, K_CODES, CHANNEL, TOKEN)
+        old = decode_values(rec, tok, natural, ~fresh, G, Q, VB, E, VW, V_CODES, SCALARS, TOKEN, W, M, EXACT, EXACT_AT)
+        y = select(fresh, y, turned(old, Q), 0)
+    tl.debug_barrier()  # what is read of the record is read before it is written
+    values, words, exact, found = round_values(rec, y, scale, G, Q, VB, E, V_CODES, SCALARS, W, M)
+    x = rotate_scaled_across(load_rows(k, k_t, row, natural, fresh, Q), scale, Q)
+    if held:
+        codes, unit = tail_keys(own, tok, natural, ~fresh, Q, VW, WORDS, K_SCALE)
+        x = select(fresh, x, scaled(turned(codes, Q), unit[None, :]), 0)
+    else:
+        old = decode_keys(rec, tok, natural, ~fresh, Q, KB, E, VW, K_CODES, SCALARS, CHANNEL, TOKEN, EXACT, EXACT_AT)
+        x = select(fresh, x, turned(old, Q), 0)
+    tl.debug_barrier()  # likewise
+    round_keys(rec, x, values, words, exact, found, scale, G, Q, KB, E, VW, K_CODES, SCALARS, CHANNEL, TOKEN, EXACT,
+               EXACT_AT)
 
 
 @triton.jit

@@ -9,40 +9,60 @@ from kvarn.kernels.bits import finite
 
 
 @triton.jit
-def square_sum(x):
-    """Sum of squares over the channels of four quarters [R, Q]: [R]."""
-    return tl.sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3], axis=1)
+def folded(x):
+    """Rows of x [Q, G] that lie eight apart summed, [8, G]: those of one thread, so that nothing is exchanged."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // 8, 8, x.shape[1])), axis=0)
 
 
 @triton.jit
-def row_of(x, hit):
-    """The one row of four quarters [R, Q] where `hit` [R]: four vectors [Q]."""
-    m = hit[:, None]
-    return (tl.sum(tl.where(m, x[0], 0.0), axis=0), tl.sum(tl.where(m, x[1], 0.0), axis=0),
-            tl.sum(tl.where(m, x[2], 0.0), axis=0), tl.sum(tl.where(m, x[3], 0.0), axis=0))
+def square_sum(x, AXIS: tl.constexpr):
+    """Sum of squares over the channels, axis AXIS of four quarters: a number a token."""
+    return tl.sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3], axis=AXIS)
 
 
 @triton.jit
-def select(mask, x, y):
-    """Rows of x where `mask` [R], else of y; four quarters each."""
-    m = mask[:, None]
+def joined(x):
+    """Four tensors [...] as one [..., 2, 2]: one reduction, and one exchange between warps, instead of four."""
+    return tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3]))
+
+
+@triton.jit
+def parted(x):
+    """The inverse of joined."""
+    even, odd = tl.split(x)
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def spread(x, finite, N: tl.constexpr):
+    """The numbers of x, of any shape, in a row, a few a thread; `finite` points at N finite float32.
+
+    What a matrix is reduced to stays where the reduction left it, in many threads at once, and all of them would go on
+    with it. A load has a layout of its own, without copies, and the compiler keeps to it in what is made of the load.
+    """
+    size: tl.constexpr = x.numel
+    return tl.reshape(x, (size,)) + 0.0 * tl.load(finite + tl.arange(0, size) % N)
+
+
+@triton.jit
+def select(mask, x, y, AXIS: tl.constexpr):
+    """Tokens of x where `mask`, else of y; four quarters each, with channels along AXIS."""
+    m = tl.expand_dims(mask, AXIS)
     return tl.where(m, x[0], y[0]), tl.where(m, x[1], y[1]), tl.where(m, x[2], y[2]), tl.where(m, x[3], y[3])
 
 
 @triton.jit
-def finite4(x):
-    """finite() of four quarters, and their rows' squared lengths, which tell whether there is anything to do."""
-    length = square_sum(x)
+def finite4(x, AXIS: tl.constexpr):
+    """finite() of four quarters with channels along AXIS, and their tokens' squared lengths, which tell whether there
+    is anything to do.
+    """
+    length = square_sum(x, AXIS)
     if tl.min((length < 65504.0 * 65504.0).to(tl.int32), axis=0) == 0:
         x = finite(x[0]), finite(x[1]), finite(x[2]), finite(x[3])
-        length = square_sum(x)
+        length = square_sum(x, AXIS)
     return x, length
-
-
-@triton.jit
-def finite_row(x):
-    """finite() of four quarters of one row, [Q] each."""
-    return finite(x[0]), finite(x[1]), finite(x[2]), finite(x[3])
 
 
 @triton.jit

@@ -67,7 +67,7 @@ def write_raw(
             tl.store((page + V_PAGE).to(v.dtype) + (slot % PAGE) * D + channel, y, mask=inside)
 
 
-@triton.jit(do_not_specialize=["t_b", "D"])
+@triton.jit(do_not_specialize=["t_b", "D"], do_not_specialize_on_alignment=["table", "starts", "ends"])
 def read_raw(
     cache,  # [blocks, H, RECORD] uint8
     table,  # [B, N] blocks of each row

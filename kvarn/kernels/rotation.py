@@ -5,6 +5,8 @@
 import triton
 import triton.language as tl
 
+from kvarn.kernels.bits import exchanged, finite
+
 
 @triton.jit
 def signs(rows, columns):
@@ -18,10 +20,10 @@ def signs(rows, columns):
 
 @triton.jit
 def butterfly(a, Q: tl.constexpr):
-    """H_4 over four quarters, scaled by D^-1/2 = (4 Q)^-1/2."""
+    """H_4 over four quarters, scaled by D^-1/2 = (4 Q)^-1/2: the second half of the factors are a multiply-add's."""
     s: tl.constexpr = (4 * Q) ** -0.5
-    b = unscaled_butterfly(a)
-    return b[0] * s, b[1] * s, b[2] * s, b[3] * s
+    b0, b1, b2, b3 = (a[0] + a[1]) * s, (a[0] - a[1]) * s, a[2] + a[3], a[2] - a[3]
+    return b0 + b2 * s, b1 + b3 * s, b0 - b2 * s, b1 - b3 * s
 
 
 @triton.jit
@@ -50,17 +52,61 @@ def rotate_scaled(x, scale, columns, Q: tl.constexpr):
 
 
 @triton.jit
-def rotate_one(x, scale, SCALED: tl.constexpr, Q: tl.constexpr):
-    """One row [D] of any float type at `x`, with SCALED times the vector [D] float32 at `scale`, times H: four quarters
-    [Q] float32.
+def rotate_across(x, Q: tl.constexpr):
+    """Quarters x [R, Q] times H as [Q, R], float32, each quarter's channels `exchanged`."""
+    return butterfly((across_times(x[0], 0, 0, "signs", Q), across_times(x[1], 0, 0, "signs", Q),
+                      across_times(x[2], 0, 0, "signs", Q), across_times(x[3], 0, 0, "signs", Q)), Q)
+
+
+@triton.jit
+def rotate_scaled_across(x, scale, Q: tl.constexpr):
+    """As rotate_across, channels first multiplied by the vector [D] float32 at `scale`."""
+    return unscaled_butterfly((across_times(x[0], scale, 0, "scaled", Q), across_times(x[1], scale + Q, 0, "scaled", Q),
+                               across_times(x[2], scale + 2 * Q, 0, "scaled", Q),
+                               across_times(x[3], scale + 3 * Q, 0, "scaled", Q)))
+
+
+@triton.jit
+def turned(x, Q: tl.constexpr):
+    """Quarters x [R, Q] of float16 or float32 as [Q, R], float32, each quarter's channels `exchanged`. A product with
+    the identity, so that they come in the layout in which rotate_across leaves others.
     """
-    h, at, a = signs(tl.arange(0, Q), tl.arange(0, Q)), tl.arange(0, Q), ()
-    for i in tl.static_range(4):
-        part = tl.load(x + i * Q + at).to(tl.float32)
-        if SCALED:
-            part *= tl.load(scale + i * Q + at)
-        a = a + (tl.sum(part[:, None] * h, axis=0),)
-    return butterfly(a, Q)
+    return (across_times(x[0], 0, 0, "identity", Q), across_times(x[1], 0, 0, "identity", Q),
+            across_times(x[2], 0, 0, "identity", Q), across_times(x[3], 0, 0, "identity", Q))
+
+
+@triton.jit
+def across_times(x, scale, start: tl.constexpr, MATRIX: tl.constexpr, Q: tl.constexpr):
+    """Rows `start`.. of a matrix [Q, Q], `exchanged`, times the transpose of x [R, Q], as `times`: of signs, of signs
+    times D^-1/2 and the vector [Q] float32 at `scale` ("scaled"), or of the identity. 32 rows at a time: of these every
+    warp has all for tokens of its own, while more would be shared out among warps.
+    """
+    rows: tl.constexpr = min(Q, 32)
+    row, at = exchanged(start + tl.arange(0, rows)), tl.arange(0, Q)
+    if MATRIX == "identity":
+        h = (row[:, None] == at[None, :]).to(tl.float32)
+    else:
+        h = signs(row, at)
+    if MATRIX == "scaled":
+        h *= tl.load(scale + at)[None, :] * (4 * Q) ** -0.5
+    columns = tl.trans(x)
+    if (x.dtype == tl.float32) & (MATRIX == "identity"):  # its upper and lower bits apart
+        columns = finite(columns)
+        upper = columns.to(tl.float16)
+        product = tl.dot(h.to(tl.float16), (columns - upper.to(tl.float32)).to(tl.float16))
+        product = tl.dot(h.to(tl.float16), upper, product)
+    elif x.dtype == tl.float32:
+        product = tl.dot(h, columns, input_precision="tf32x3")
+    else:
+        upper = h.to(x.dtype)
+        product = tl.zeros((rows, x.shape[0]), tl.float32)
+        if MATRIX == "scaled":
+            product = tl.dot((h - upper.to(tl.float32)).to(x.dtype), columns, product)
+        product = tl.dot(upper, columns, product)
+    if start + rows < Q:
+        more = across_times(x, scale, start + rows, MATRIX, Q)
+        product = tl.reshape(tl.permute(tl.join(product, more), (2, 0, 1)), (2 * rows, x.shape[0]))
+    return product
 
 
 @triton.jit

@@ -16,8 +16,13 @@ from kvarn.kernels.quarters import load_at
 def word_scale(x, BITS: tl.constexpr):
     """The scale of one side of a token's words, over the last axis of four quarters: float32 with float16's value."""
     top = tl.maximum(tl.maximum(tl.abs(x[0]), tl.abs(x[1])), tl.maximum(tl.abs(x[2]), tl.abs(x[3])))
-    scale = tl.minimum(tl.max(top, axis=len(top.shape) - 1) / (2 ** (BITS - 1) - 1), 65504.0)
-    return scale.to(tl.float16).to(tl.float32)
+    return scale_of(tl.max(top, axis=len(top.shape) - 1), BITS)
+
+
+@triton.jit
+def scale_of(top, BITS: tl.constexpr):
+    """The scale of words whose largest magnitude is `top`."""
+    return tl.minimum(top / (2 ** (BITS - 1) - 1), 65504.0).to(tl.float16).to(tl.float32)
 
 
 @triton.jit
@@ -44,21 +49,42 @@ def word_value(word, VW: tl.constexpr):
 def read_tail_keys(tail, tok, channel, mask, Q: tl.constexpr, VW: tl.constexpr, WORDS: tl.constexpr,
                    K_SCALE: tl.constexpr):
     """Keys of slots tok [R]: four quarters [R, Q] float32, channels in the order `channel`; zeros where not `mask`."""
-    scale = tl.load((tail + K_SCALE).to(tl.pointer_type(tl.float16)) + tok, mask=mask, other=0.0)
-    scale = scale.to(tl.float32)[:, None]
-    x = load_at((tail + WORDS).to(tl.pointer_type(tl.int16)) + tok * (4 * Q), channel, mask, Q)
-    return (word_key(x[0], VW).to(tl.float32) * scale, word_key(x[1], VW).to(tl.float32) * scale,
-            word_key(x[2], VW).to(tl.float32) * scale, word_key(x[3], VW).to(tl.float32) * scale)
+    x, scale = tail_keys(tail, tok, channel, mask, Q, VW, WORDS, K_SCALE)
+    return scaled(x, scale[:, None])
 
 
 @triton.jit
-def read_tail_values(tail, tok, mask, Q: tl.constexpr, VW: tl.constexpr, WORDS: tl.constexpr, V_SCALE: tl.constexpr):
-    """Values of slots tok [R]: four quarters [R, Q] float32; zeros where not `mask`."""
+def read_tail_values(tail, tok, channel, mask, Q: tl.constexpr, VW: tl.constexpr, WORDS: tl.constexpr,
+                     V_SCALE: tl.constexpr):
+    """Values, likewise."""
+    x, scale = tail_values(tail, tok, channel, mask, Q, VW, WORDS, V_SCALE)
+    return scaled(x, scale[:, None])
+
+
+@triton.jit
+def tail_keys(tail, tok, channel, mask, Q: tl.constexpr, VW: tl.constexpr, WORDS: tl.constexpr, K_SCALE: tl.constexpr):
+    """The same as integers, exact in float16, and their scales [R] float32."""
+    x = load_at((tail + WORDS).to(tl.pointer_type(tl.int16)) + tok * (4 * Q), channel, mask, Q)
+    scale = tl.load((tail + K_SCALE).to(tl.pointer_type(tl.float16)) + tok, mask=mask, other=0.0)
+    return (word_key(x[0], VW).to(tl.float16), word_key(x[1], VW).to(tl.float16), word_key(x[2], VW).to(tl.float16),
+            word_key(x[3], VW).to(tl.float16)), scale.to(tl.float32)
+
+
+@triton.jit
+def tail_values(tail, tok, channel, mask, Q: tl.constexpr, VW: tl.constexpr, WORDS: tl.constexpr,
+                V_SCALE: tl.constexpr):
+    """Likewise."""
+    x = load_at((tail + WORDS).to(tl.pointer_type(tl.int16)) + tok * (4 * Q), channel, mask, Q)
     scale = tl.load((tail + V_SCALE).to(tl.pointer_type(tl.float16)) + tok, mask=mask, other=0.0)
-    scale = scale.to(tl.float32)[:, None]
-    x = load_at((tail + WORDS).to(tl.pointer_type(tl.int16)) + tok * (4 * Q), tl.arange(0, Q), mask, Q)
-    return (word_value(x[0], VW).to(tl.float32) * scale, word_value(x[1], VW).to(tl.float32) * scale,
-            word_value(x[2], VW).to(tl.float32) * scale, word_value(x[3], VW).to(tl.float32) * scale)
+    return (word_value(x[0], VW).to(tl.float16), word_value(x[1], VW).to(tl.float16),
+            word_value(x[2], VW).to(tl.float16), word_value(x[3], VW).to(tl.float16)), scale.to(tl.float32)
+
+
+@triton.jit
+def scaled(x, scale):
+    """Four quarters times their scales, float32."""
+    return (x[0].to(tl.float32) * scale, x[1].to(tl.float32) * scale, x[2].to(tl.float32) * scale,
+            x[3].to(tl.float32) * scale)
 
 
 @triton.jit

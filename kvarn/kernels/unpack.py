@@ -13,7 +13,7 @@ from kvarn.kernels.rotation import rotate_back
 from kvarn.kernels.tail import read_tail_keys, read_tail_values
 
 
-@triton.jit(do_not_specialize=["p_b", "n", "T", "S"])
+@triton.jit(do_not_specialize=["p_b", "n", "T", "S"], do_not_specialize_on_alignment=["positions"])
 def unpack_tiles(
     k,  # [B, H, n, D] model dtype, plain frame: the chunk's own tokens
     v,  # [B, H, n, D]
@@ -69,7 +69,7 @@ def unpack_block(
         out = tl.where(fresh[:, None], new[i].to(tl.float32), x[i] / tl.load(scale + i * Q + natural)[None, :])
         tl.store(k_out[:, None] + natural[None, :] + i * Q, out.to(k_out.dtype.element_ty), mask=inside)
     if held:
-        y = read_tail_values(tail, slot, ~fresh, Q, VW, WORDS, V_SCALE)
+        y = read_tail_values(tail, slot, natural, ~fresh, Q, VW, WORDS, V_SCALE)
     else:
         y = decode_values(rec, tok, natural, ~fresh, G, Q, VB, E, VW, V_CODES, SCALARS, TOKEN, W, M, EXACT,
                           EXACT_AT)

@@ -100,3 +100,9 @@ class KVarnBackend(AttentionBackend):
     def supports_combination(cls, head_size_: int, *args, **kwargs) -> str | None:
         """The reason why a layer's head size is refused, if it is."""
         return next(map(str, head_size(head_size_, cls.settings(), current_platform.device_type)), None)
+
+
+class KVarnApart(KVarnBackend):
+    """The same, of layers whose attention leaves the write to an op before it (fusion.py)."""
+
+    forward_includes_kv_cache_update = False

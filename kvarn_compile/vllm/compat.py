@@ -4,7 +4,8 @@ Written for vLLM 0.32 (plugin.py lets no other in). What 0.33 needs is listed in
 
 Hooks: the backend is registered as CUSTOM; EngineArgs.create_engine_config translates the short form to the long one
 and refuses what cannot work; EngineArgs.add_cli_args lists the short names; the CPU platform, which knows no backend
-but its own, gives CUSTOM to layers that ask for it; between loading and repacking of the weights, keys are balanced.
+but its own, gives CUSTOM to layers that ask for it; between loading and repacking of the weights, keys are balanced and
+writes are taken out of attention, if they are to be fused (fusion.py).
 """
 
 import functools
@@ -15,7 +16,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from kvarn.errors import KVarnError
 from kvarn.spec import PRESETS
-from kvarn_compile.vllm import balance, refusals
+from kvarn_compile.vllm import balance, fusion, refusals
 from kvarn_compile.vllm.settings import KEY, Settings
 
 BACKEND = "kvarn_compile.vllm.backend.KVarnBackend"
@@ -41,6 +42,7 @@ def _process_weights(original):
     @functools.wraps(original)
     def process_weights_after_loading(model, *args, **kwargs):
         balance.balance_from_weights(model)
+        fusion.write_apart(model)
         return original(model, *args, **kwargs)
 
     return process_weights_after_loading
@@ -93,6 +95,7 @@ def _prepare(config) -> None:
     settings, attention = Settings.of(config.additional_config), config.attention_config
     refusals.check(config, settings)
     balance.check(settings, config)
+    fusion.prepare(config, settings)
     attention.backend_per_kind = attention.backend_per_kind | {FULL: AttentionBackendEnum.CUSTOM}
     attention.backend = None
     config.cache_config.block_size, config.cache_config.user_specified_block_size = settings.spec.group, True

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 import kvarn.paged_ops  # noqa: F401  (defines the ops)
 from kvarn.paged_layout import PagedLayout, paged_layout
 from kvarn_compile.vllm.backend import Engine, KVarnBackend
 from kvarn_compile.vllm.balance import layer_scale
+from kvarn_compile.vllm.fusion import installed, refuse_capture
 from kvarn_compile.vllm.metadata import Rows, TileMetadata
 from kvarn_compile.vllm.prompts import Flash
 from kvarn_compile.vllm.refusals import STOCK, Reason, Refusal, UnsupportedEngine, has_window
@@ -40,6 +42,7 @@ class KVarnImpl(AttentionImpl[TileMetadata]):
         self.kv_cache_dtype, self.engine = kv_cache_dtype, config.instance_id
         self.settings = Settings.of(config.additional_config)
         self.balance: Tensor | None = None
+        self.may_write_apart, self.writes_apart = self.settings.fuse_rope and installed(config), False
         self.balances_from_weights = self.settings.spec.rotated and self.settings.balance == WEIGHTS
         dtype, page_bytes = config.model_config.dtype, None
         layout = paged_layout(self.settings.spec.key, head_size, dtype)
@@ -60,35 +63,53 @@ class KVarnImpl(AttentionImpl[TileMetadata]):
         Without metadata this is vLLM's profile run, whose peak of memory the pool must leave room for: every kernel is
         compiled there, and runs once with its largest scratch.
         """
-        if self.balance is None:
-            self.balance = layer_scale(self.settings, layer.layer_name, self.num_kv_heads, self.head_size, query.device)
+        balance = self.scales(layer, query.device)
         if attn_metadata is None:
             if query.is_cuda:
                 compile_kernels(self.engine, self.shape, self.flash, query.device)
             return output.zero_()
         step, cache, spec = attn_metadata, kv_cache.squeeze(2), self.layout.spec.key
-        k, v = key[: step.tokens], value[: step.tokens]
-        torch.ops.kvarn.append_paged(k, v, cache, step.table, step.starts, step.ends, self.balance, spec)
-        if step.decodes is not None:
-            self._attend(step.decodes, query, key, value, cache, self.balance, output)
-        for rows in step.prompts:
+        if not self.writes_apart:
+            self._append(step, key, value, cache, balance)
+        # Outside CUDA graphs the host is what a small step waits for: every row is found by where it starts in the
+        # step's tensors, as none of them is sliced or copied here.
+        rows = step.decodes
+        if rows is not None and self.decode is not None:
+            self.decode(query, cache, rows.table, rows.starts, rows.ends, balance, rows.max_count, rows.max_end,
+                        self.scale, self.layout, output)
+        elif rows is not None:
+            self._attend(rows, query, key, value, cache, balance, output)
+        for part in step.prompts:
             if self.flash is None:
-                self._attend(rows, query, key, value, cache, self.balance, output)
+                self._attend(part, query, key, value, cache, balance, output)
             else:
-                q, k, v, out = (x[rows.tokens] for x in (query, key, value, output))
-                self.flash.attend(rows, q, k, v, cache, self.balance, spec, out)
+                self.flash.attend(part, query, key, value, cache, balance, spec, output)
         return output
+
+    def do_kv_cache_update(self, layer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        """The write alone, where attention leaves it out (fusion.py). Addresses are the step's: slots have none of the
+        unfinished tile's."""
+        step = get_attention_context(layer.layer_name)[0]
+        if step is None:
+            return refuse_capture(key)
+        self._append(step, key, value, kv_cache.squeeze(2), self.scales(layer, key.device))
+
+    def scales(self, layer, device: torch.device) -> Tensor:
+        """The layer's key scales [H, D] float32, made at first use."""
+        if self.balance is None:
+            self.balance = layer_scale(self.settings, layer.layer_name, self.num_kv_heads, self.head_size, device)
+        return self.balance
+
+    def _append(self, step: TileMetadata, key: Tensor, value: Tensor, cache: Tensor, balance: Tensor) -> None:
+        torch.ops.kvarn.append_paged(key, value, cache, step.table, step.starts, step.ends, balance,
+                                     self.layout.spec.key)
 
     def _attend(self, rows: Rows, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, balance: Tensor,
                 output: Tensor) -> None:
-        """Rows that read packed tiles, by the op; its decode kernel can write where the output is wanted."""
-        q, k, v, out = (x[rows.tokens] for x in (query, key, value, output))
-        where = (cache, rows.table, rows.starts, rows.ends, balance)
-        if self.decode is not None and rows.max_count <= self.shape.decode:
-            self.decode(q, *where, rows.max_count, rows.max_end, self.scale, self.layout, out)
-            return
-        out.copy_(torch.ops.kvarn.attend_paged(q, k, v, *where, rows.max_count, rows.max_end, self.scale,
-                                               self.layout.spec.key))
+        """Rows of the step by the op, which gives zeros for the other rows' tokens."""
+        found = torch.ops.kvarn.attend_paged(query, key, value, cache, rows.table, rows.starts, rows.ends, balance,
+                                             rows.max_count, rows.max_end, self.scale, self.layout.spec.key)
+        output[rows.tokens] = found[rows.tokens]
 
 
 def _decode_kernel(config, layout: PagedLayout):

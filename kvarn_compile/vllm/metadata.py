@@ -7,6 +7,7 @@ in a CUDA graph.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+from kvarn.paged import unpacked_starts
 from kvarn_compile.vllm.limits import DRAFT, decode_tokens, heads_per_kv_head, scratch_tokens, tokens_beyond
 from kvarn_compile.vllm.spec import TileSpec
 
@@ -31,7 +33,7 @@ class Rows:
 
     Attributes:
         tokens: where their tokens are in the step's.
-        table: [b, N] int32, starts: [b + 1] int32 from 0 on, ends: [b] int32.
+        table: [b, N] int32, starts: [b + 1] int32, ends: [b] int32: parts of the step's.
         max_count, max_end: the most new tokens and the longest length of a row, or more.
     """
 
@@ -48,10 +50,13 @@ class Prompts(Rows):
     """Rows of prompt tokens.
 
     Attributes:
-        fresh: the new tokens are all there is of every row, so that nothing is read back.
+        keys: how many they attend in all, or more.
+        key_starts: unpacked_starts of the rows; None if the new tokens are all there is of every row, so that nothing
+            is read back.
     """
 
-    fresh: bool
+    keys: int
+    key_starts: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,11 @@ class TileMetadata(AttentionMetadata):
     """A step.
 
     Attributes:
-        tokens: its tokens, padding included.
         table, starts, ends: of all rows, as append_paged takes them.
         decodes: the rows with few new tokens, which come first.
         prompts: the others, in parts that may be unpacked together.
     """
 
-    tokens: int
     table: Tensor
     starts: Tensor
     ends: Tensor
@@ -106,24 +109,25 @@ class TileMetadataBuilder(AttentionMetadataBuilder[TileMetadata]):
         if rows:
             decodes = Rows(slice(0, tokens), m.block_table_tensor[:rows], m.query_start_loc[: rows + 1],
                            m.seq_lens[:rows], min(m.max_query_len, threshold), m.max_seq_len)
-        return TileMetadata(m.num_actual_tokens, m.block_table_tensor, m.query_start_loc, m.seq_lens, decodes,
-                            tuple(self._prompts(m, rows)))
+        prompts = tuple(self._prompts(m, rows)) if rows < m.num_reqs else ()
+        return TileMetadata(m.block_table_tensor, m.query_start_loc, m.seq_lens, decodes, prompts)
 
     def _prompts(self, m: CommonAttentionMetadata, first: int):
-        """The rows from `first` on, in parts: rows times the longest is bounded, which any one row is."""
+        """The rows from `first` on, in parts: all that are fresh so far, or rows times the longest are bounded, which
+        any one row is."""
         starts, ends = m.query_start_loc_cpu.tolist(), [end + self._beyond for end in _host_lengths(m)]
+        counts = [end - start for start, end in pairwise(starts)]
         while first < m.num_reqs:
-            last, longest = first + 1, ends[first]
-            while last < m.num_reqs and (last + 1 - first) * max(longest, ends[last]) <= self._scratch_tokens:
-                longest = max(longest, ends[last])
-                last += 1
-            counts = [starts[i + 1] - starts[i] for i in range(first, last)]
-            table, lengths = m.block_table_tensor[first:last], m.seq_lens[first:last]
-            if first:  # Triton compiles again for a pointer that is no multiple of 16 bytes
-                table, lengths = table.clone(), lengths.clone()
-            begin = starts[first]
-            yield Prompts(slice(begin, starts[last]), table, m.query_start_loc[first : last + 1] - begin, lengths,
-                          max(counts), longest, counts == ends[first:last])
+            last, longest, fresh = first + 1, ends[first], counts[first] == ends[first]
+            while last < m.num_reqs:
+                longer, still = max(longest, ends[last]), fresh and counts[last] == ends[last]
+                if not still and (last + 1 - first) * longer > self._scratch_tokens:
+                    break
+                last, longest, fresh = last + 1, longer, still
+            where = m.query_start_loc[first : last + 1], m.seq_lens[first:last]
+            yield Prompts(slice(starts[first], starts[last]), m.block_table_tensor[first:last], *where,
+                          max(counts[first:last]), longest, sum(ends[first:last]),
+                          None if fresh else unpacked_starts(*where))
             first = last
 
 

@@ -23,7 +23,7 @@ class Flash:
 
     run: Callable[..., Any]
     version: int
-    unpack: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    unpack: Callable[..., tuple[Tensor, Tensor]]
     scale: float
 
     @staticmethod
@@ -42,12 +42,13 @@ class Flash:
 
     def attend(self, rows: Prompts, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, balance: Tensor, spec: str,
                out: Tensor) -> None:
-        """Attention of the rows' new q [n, Hq, D] into out, after the append of their k, v [n, H, D]: these unrounded.
+        """Attention of the rows' new q into out, after the append of their k, v: these unrounded.
+
+        q, out [n, Hq, D] and k, v [n, H, D] are the step's: FlashAttention, too, finds a row by where it starts.
         """
-        key, value, key_starts = k, v, rows.starts
-        if not rows.fresh:
-            key, value, key_starts = self.unpack(k, v, cache, rows.table, rows.starts, rows.ends, balance, rows.max_end,
-                                                 spec)
-        self.run(q=q, k=key, v=value, out=out, cu_seqlens_q=rows.starts, cu_seqlens_k=key_starts,
-                 max_seqlen_q=rows.max_count, max_seqlen_k=rows.max_end, softmax_scale=self.scale, causal=True,
-                 fa_version=self.version)
+        if rows.key_starts is not None:
+            k, v = self.unpack(k, v, cache, rows.table, rows.starts, rows.ends, rows.key_starts, balance, rows.keys,
+                               rows.max_end, spec)
+        self.run(q=q, k=k, v=v, out=out, cu_seqlens_q=rows.starts,
+                 cu_seqlens_k=rows.starts if rows.key_starts is None else rows.key_starts, max_seqlen_q=rows.max_count,
+                 max_seqlen_k=rows.max_end, softmax_scale=self.scale, causal=True, fa_version=self.version)

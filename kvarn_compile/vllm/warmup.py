@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kvarn.paged import unpacked_starts
 from kvarn.paged_layout import PagedLayout
 from kvarn_compile.vllm.limits import decode_tokens, scratch_tokens, tokens_beyond
 from kvarn_compile.vllm.metadata import Prompts
@@ -91,22 +92,41 @@ def compile_kernels(engine: str, shape: Shape, flash: Flash | None, device: torc
         _run(step, shape, block, balance, flash)
 
 
+@lru_cache(maxsize=16)
+def compile_rope(shape: Shape, rotary: int, dtype: torch.dtype, neox: bool, device: torch.device) -> None:
+    """The same for kvarn::rope_append_paged, with angles [positions, rotary] of this dtype."""
+    layout = shape.layout
+    block = torch.zeros(1, shape.kv_heads, layout.record_bytes, dtype=torch.uint8, device=device)
+    balance = torch.ones(shape.kv_heads, layout.head_dim, device=device)
+    angles = torch.zeros(1, rotary, dtype=dtype, device=device)
+    for step in [*decodes(shape), *prompts(shape)]:
+        qkv, where = _inputs(step, shape, device)
+        positions = torch.zeros(len(qkv[0]), dtype=torch.int64, device=device)
+        torch.ops.kvarn.rope_append_paged(*qkv, positions, angles, neox, block, *where, balance, step.count,
+                                          layout.spec.key)
+
+
 def _run(step: Step, shape: Shape, block: Tensor, balance: Tensor, flash: Flash | None) -> None:
     """Append and attend, with q, k, v as slices of one projection, as models make them."""
-    heads, kv_heads, dim, spec = shape.heads, shape.kv_heads, shape.layout.head_dim, shape.layout.spec.key
-    options = {"dtype": torch.int32, "device": block.device}
-    qkv = torch.zeros(step.rows * step.count, heads + 2 * kv_heads, dim, dtype=shape.layout.dtype, device=block.device)
-    q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
-    table = torch.zeros(step.rows, shape.layout.blocks(shape.length), **options)
-    starts = torch.arange(step.rows + 1, **options) * step.count
-    ends = torch.full((step.rows,), step.end, **options)
+    spec, (q, k, v), (table, starts, ends) = shape.layout.spec.key, *_inputs(step, shape, block.device)
     torch.ops.kvarn.append_paged(k, v, block, table, starts, ends, balance, spec)
     if flash is None:
         torch.ops.kvarn.attend_paged(q, k, v, block, table, starts, ends, balance, step.count, step.end, shape.scale,
                                      spec)
     else:
-        rows = Prompts(slice(0, len(q)), table, starts, ends, step.count, step.end, step.count == step.end)
+        rows = Prompts(slice(0, len(q)), table, starts, ends, step.count, step.end, step.rows * step.end,
+                       None if step.count == step.end else unpacked_starts(starts, ends))
         flash.attend(rows, q, k, v, block, balance, spec, torch.empty_like(q))
+
+
+def _inputs(step: Step, shape: Shape, device: torch.device) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """q, k, v; and table, starts, ends."""
+    heads, kv_heads, options = shape.heads, shape.kv_heads, {"dtype": torch.int32, "device": device}
+    qkv = torch.zeros(step.rows * step.count, heads + 2 * kv_heads, shape.layout.head_dim, dtype=shape.layout.dtype,
+                      device=device)
+    return qkv.split((heads, kv_heads, kv_heads), 1), (
+        torch.zeros(step.rows, shape.layout.blocks(shape.length), **options),
+        torch.arange(step.rows + 1, **options) * step.count, torch.full((step.rows,), step.end, **options))
 
 
 def _powers(most: int) -> Iterator[int]:

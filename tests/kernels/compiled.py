@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import chunk_launches
 import decode_launches
 import triton
 import write_launches
@@ -65,7 +66,8 @@ def main(target: str, *names: str) -> None:
     report, capability = {}, int(target.removeprefix("sm_"))
     for name in names:
         kernel, dim = name.split("-")
-        launches = write_launches.launches(int(dim), capability) | decode_launches.launches(int(dim))
+        launches = (write_launches.launches(int(dim), capability) | decode_launches.launches(int(dim))
+                    | chunk_launches.launches(int(dim), capability))
         report[name] = build(*launches[kernel], capability)
     print(json.dumps(report))
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from kvarn.kernels import combine, configs, decode, extent
+from kvarn.kernels import combine, configs, decode
 from kvarn.paged_layout import PagedLayout
 from kvarn.spec import PRESETS
 
@@ -12,7 +12,6 @@ def launches(dim: int) -> dict:
     layout = PagedLayout(PRESETS["k4v2_g128"], dim, torch.bfloat16)
     combined = {"PAGED": True, "SINKS": True, "MP": 8, "Q": dim // 4, "BLOCK": 16384 // dim}
     return {
-        "extent": (extent.find_extent, {"ADDITIVE": False, "ROWS": False, "BLOCK": 1024}, 4, 3, None, {}),
         "decode": tiles(layout, 8),
         "masked": tiles(layout, 8, MASKED=True),
         "paged": tiles(layout, 8, PAGED=True),

@@ -7,7 +7,7 @@ from stores import DEVICE, error
 
 from kvarn import paged_cuda
 from kvarn.errors import ShapeError
-from kvarn.paged import attend_paged_cpu
+from kvarn.paged import attend_paged_cpu, unpacked_starts
 
 COUNTS = (70, 0, 129)
 SPECS = [("k4v2_g128", 64, torch.float16), ("k16v16", 48, torch.float32)]
@@ -58,9 +58,11 @@ def test_unpacked_rows_follow_each_other(spec):
     pages = Pages(spec, 64, torch.float16)
     pages.write((60, 66, 0))
     (_, k, v), where = step(pages, COUNTS)
-    key, value, to = paged_cuda.unpack_paged(k.to(DEVICE), v.to(DEVICE), pages.gpu, *(x.to(DEVICE) for x in where), 130,
-                                             pages.spec.key)
+    table, starts, ends, balance = (x.to(DEVICE) for x in where)
+    to = unpacked_starts(starts, ends)
     assert to.tolist() == [0, 130, 130, 259] and to.dtype == torch.int32
+    key, value = paged_cuda.unpack_paged(k.to(DEVICE), v.to(DEVICE), pages.gpu, table, starts, ends, to, balance, 259,
+                                         130, pages.spec.key)
     for out, plain in ((key, pages.k), (value, pages.v)):
         for row, first in ((0, 60), (2, 0)):
             got = out[to[row] : to[row + 1]].cpu()

@@ -2,7 +2,7 @@
 
 import torch
 
-from kvarn.kernels import append, configs, paged_append, paged_unpack, quantize, raw_pages, unpack
+from kvarn.kernels import append, configs, paged_append, paged_unpack, quantize, raw_pages, rope_append, unpack
 from kvarn.layout import StoreLayout
 from kvarn.paged_layout import PagedLayout
 from kvarn.spec import PRESETS
@@ -18,6 +18,7 @@ def launches(dim: int, capability: int) -> dict:
     fill, leave = configs.fill(*shape), configs.leave(*shape)
     (block, warps), (paged_block, paged_warps) = configs.unpack(dim), configs.unpack_paged(dim)
     look = {"LOOK": configs.ROWS_PER_LOOK, "R": 16}
+    turn = {"ROT": dim, "NEOX": True}
 
     def of(kernel, constants, num_warps, maxnreg=None):
         return kernel, {k: x for k, x in constants.items() if k in kernel.arg_names}, num_warps, 3, maxnreg, {}
@@ -31,6 +32,8 @@ def launches(dim: int, capability: int) -> dict:
         "pages": of(paged_append.append_pages, {**look, **paged}, leave),
         "blocks": of(paged_append.fill_blocks, paged, *fill),
         "paged_unpack": of(paged_unpack.unpack_blocks, {"R": paged_block, **paged}, paged_warps),
+        "rope_pages": of(rope_append.rope_append_pages, {**look, **paged, **turn}, leave),
+        "rope_heads": of(rope_append.rope_heads, {"R": 16, "BLOCK": dim, **turn}, 4),
         "raw_close": of(raw_pages.close_raw, raw, 4),
         "raw_write": of(raw_pages.write_raw, raw, 4),
         "raw_read": of(raw_pages.read_raw, raw, 4),

@@ -31,9 +31,9 @@ def greedy(llm, texts, count, **options):
     """The `count` greedy tokens of each prompt, as a list of lists; RequestOutputs with full=True."""
     from vllm import SamplingParams
 
-    full = options.pop("full", False)
+    full, adapter = options.pop("full", False), options.pop("lora_request", None)
     sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, **options)
-    outputs = llm.generate(texts, sampling, use_tqdm=False)
+    outputs = llm.generate(texts, sampling, use_tqdm=False, lora_request=adapter)
     return outputs if full else [list(output.outputs[0].token_ids) for output in outputs]
 
 

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("vllm.engine.arg_utils", reason="vLLM is not installed")
 import torch
 from serving import configure, greedy, layers, prompts
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
@@ -65,7 +66,6 @@ def common(counts, lengths, padded=0):
 
 def test_decodes_only(builder):
     step = builder.build(0, common([1, 1, 1], [5, 300, 9], padded=5))
-    assert step.tokens == 8
     assert (step.decodes.tokens, step.decodes.max_count, step.decodes.max_end) == (slice(0, 8), 1, 300)
     assert step.prompts == ()
 
@@ -74,7 +74,7 @@ def test_prompts_only(builder):
     step = builder.build(0, common([100, 30], [100, 30]))
     assert step.decodes is None
     (rows,) = step.prompts
-    assert (rows.tokens, rows.max_count, rows.max_end, rows.fresh) == (slice(0, 130), 100, 100, True)
+    assert (rows.tokens, rows.max_count, rows.max_end, rows.key_starts) == (slice(0, 130), 100, 100, None)
     assert rows.starts.shape == (3,)
 
 
@@ -83,7 +83,8 @@ def test_a_mixed_step(builder):
     assert step.decodes.tokens == slice(0, 2)
     assert (step.decodes.table.shape, step.decodes.max_count) == ((2, 8), 1)
     (rows,) = step.prompts
-    assert (rows.tokens, rows.max_count, rows.max_end, rows.fresh) == (slice(2, 86), 64, 164, False)
+    assert (rows.tokens, rows.max_count, rows.max_end, rows.keys) == (slice(2, 86), 64, 164, 184)
+    assert rows.key_starts.shape == (3,)
 
 
 def test_parts_fit_the_scratch(builder):
@@ -92,6 +93,40 @@ def test_parts_fit_the_scratch(builder):
     step = builder.build(0, common([50] * 7, lengths))
     assert [(rows.tokens.start // 50, rows.tokens.stop // 50, rows.max_end) for rows in step.prompts] == [
         (0, 3, 200), (3, 4, 450), (4, 6, 100), (6, 7, 700)]
+
+
+def test_fresh_prompts_are_one_part(builder):
+    """Nothing of them is unpacked, so that the scratch does not bound them; with one that has history it does."""
+    counts = [30] * 20 + [500]
+    (rows,) = builder.build(0, common(counts, counts)).prompts
+    assert (rows.tokens, rows.keys, rows.key_starts) == (slice(0, 1100), 1100, None)
+    parts = builder.build(0, common([200, *counts], [300, *counts])).prompts
+    assert [(part.tokens, part.key_starts is None) for part in parts] == [
+        (slice(0, 230), False), (slice(230, 1300), True)]
+
+
+class Seen(TorchDispatchMode):
+    """The operators called on tensors of a device, by name."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.names = device, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if args and isinstance(args[0], torch.Tensor) and args[0].device.type == self.device:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("counts, lengths, views", [
+    ([1, 1, 1], [5, 300, 9], True), ([100, 30], [100, 30], True), ([1, 1, 20, 64], [40, 50, 20, 64], True),
+    ([1, 1, 64, 20], [40, 50, 164, 20], False)])
+def test_a_step_is_views_unless_it_has_history(builder, counts, lengths, views):
+    """What a device has to do for the metadata of a step: nothing, but where to unpack history."""
+    given = common(counts, lengths)
+    with Seen("meta") as seen:
+        builder.build(0, given)
+    assert (set(seen.names) == {"aten.slice.Tensor"}) == views
 
 
 def with_draft_model(llama):
@@ -103,7 +138,7 @@ def test_a_draft_model_has_a_token_more_than_the_host_knows(llama):
     """vLLM lengthens its rows on the device alone: sizes that follow from the host's lengths would be too small."""
     for names, end, fresh in (([DRAFT], 101, True), ([TARGET, DRAFT], 100, False)):
         (rows,) = build_for(with_draft_model(llama), *names).build(0, common([101], [100])).prompts
-        assert (rows.max_end, rows.fresh) == (end, fresh)
+        assert (rows.max_end, rows.keys, rows.key_starts is None) == (end, end, fresh)
 
 
 @pytest.mark.parametrize("names, rows", [([DRAFT], 2), ([TARGET, DRAFT], 0), ([TARGET], 0)])
@@ -183,19 +218,18 @@ def varlen(q, k, v, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
             queries[None], all_keys[None], values[None], mask, scale=softmax_scale, enable_gqa=True)[0].transpose(0, 1)
 
 
-def unpack_raw(k, v, cache, table, starts, ends, balance, max_end, spec):
+def unpack_raw(k, v, cache, table, starts, ends, to, balance, size, max_end, spec):
     """kvarn.paged_cuda.unpack_paged of the lossless preset."""
-    layout, rows = paged_layout(spec, k.shape[-1], k.dtype), len(ends)
-    to = torch.cat([ends.new_zeros(1), ends.cumsum(0)]).int()
-    key, value = (k.new_empty(rows * max_end, *k.shape[1:]) for _ in range(2))
-    for b in range(rows):
+    layout = paged_layout(spec, k.shape[-1], k.dtype)
+    key, value = (k.new_empty(size, *k.shape[1:]) for _ in range(2))
+    for b in range(len(ends)):
         end = ends[b : b + 1].long()
         opened, blocks = (end - 1) // layout.spec.group, table[b : b + 1].long()
         records = cache[blocks[:, : layout.tiles(int(end))]].transpose(1, 2).contiguous()
         tail = _tail(_open_pages(cache, blocks, opened, layout), end - opened * layout.spec.group, layout)
         for side, x in zip((key, value), read_raw(records, tail, end, layout.whole), strict=True):
             side[to[b] : to[b + 1]] = x[0, :, : int(end)].transpose(0, 1)
-    return key, value, to
+    return key, value
 
 
 def test_prompts_by_flash_attention_are_stock_vllms(engines, llama, stock, monkeypatch):
@@ -218,3 +252,27 @@ def test_prompts_by_flash_attention_are_stock_vllms(engines, llama, stock, monke
     assert greedy(ours, texts, 10) == greedy(stock, texts, 10)
     assert all(layer.impl.flash.unpack is unpack for layer in layers(ours))
     assert 0 < len(unpacked) < len(seen)
+
+
+def test_a_layer_slices_nothing(engines, llama, monkeypatch):
+    """Outside CUDA graphs a layer's host time is a step's: an append, the decodes and the prompts, all of them on the
+    step's own tensors, padding included."""
+    calls = []
+    monkeypatch.setattr(impl.Flash, "of", staticmethod(
+        lambda size, dtype, scale: Flash(lambda **given: calls.append(given), 0, unpack_raw, scale)))
+    llm = engines(llama, kv_cache_dtype="kvarn_k16v16", max_num_batched_tokens=98)
+    layer = layers(llm)[0]
+    monkeypatch.setattr(layer.impl, "decode", lambda q, *rest: calls.append({"q": q, "out": rest[-1]}))
+    made = build_for(configure(llama, kv_cache_dtype="kvarn_k16v16"), TARGET)
+    m = common([1, 20], [5, 20])
+    m.query_start_loc, m.seq_lens, m.block_table_tensor = (
+        m.query_start_loc_cpu, m.seq_lens_cpu_upper_bound, torch.arange(1, 17).view(2, 8).int())
+    q, out = torch.zeros(32, 4, 64), torch.zeros(32, 4, 64)
+    k, v = torch.zeros(32, 2, 64), torch.zeros(32, 2, 64)
+    layer.impl.forward(layer, q, k, v, layer.kv_cache, None, out)
+    step = made.build(0, m)
+    with Seen("cpu") as seen:
+        layer.impl.forward(layer, q, k, v, layer.kv_cache, step, out)
+    assert seen.names == ["aten.squeeze.dim", "kvarn.append_paged.default"]
+    assert [(call["q"] is q, call["out"] is out) for call in calls] == [(True, True)] * 2
+    assert calls[1]["cu_seqlens_q"].tolist() == [1, 21]

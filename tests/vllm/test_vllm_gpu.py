@@ -4,6 +4,8 @@ Additions happen in another order than FlashAttention's, so bfloat16 logits diff
 are compared to a tolerance, step by step, and a text may leave the other only where two tokens are that close.
 """
 
+import logging
+
 import pytest
 
 pytest.importorskip("vllm.engine.arg_utils", reason="vLLM is not installed")
@@ -79,6 +81,16 @@ def test_cuda_graphs(engines, model, stock, mode):
     check(llm, stock, prompts(*LENGTHS), 20)
     check(llm, stock, prompts(100, 120, seed=1), 150)
     check(llm, stock, prompts(*(7 + 41 * i % 290 for i in range(32)), seed=3), 10)
+
+
+def test_rope_fused_with_the_write(engines, model, stock, caplog):
+    """Compiled by vLLM, in pieces; decodes in CUDA graphs."""
+    caplog.set_level(logging.INFO, "vllm.kvarn")
+    llm = engines(model, **OURS, enforce_eager=False, compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY"},
+                  additional_config={"kvarn": {"fuse_rope": True}})
+    assert any("RoPE and the cache write are one op" in record.getMessage() for record in caplog.records)
+    check(llm, stock, prompts(*LENGTHS), 20)
+    check(llm, stock, prompts(100, 120, seed=1), 150)
 
 
 def test_chunks_prefix_hits_and_preemption(engines, model, stock, monkeypatch):

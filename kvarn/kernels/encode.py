@@ -1,0 +1,187 @@
+"""A tile to its record inside kernels. The formulas are kvarn/closed.py's; record.py is the way back.
+
+A tile comes as four quarters [Q, G] of channels by tokens, both in `exchanged` order: packed bytes are then contiguous.
+Of a matrix product's result a thread holds few tokens of few channels, so that neither what is done once for a token
+nor what is done once for a channel is done by many; and all channels of a token lie in one warp.
+"""
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false  (Triton's jit is untyped)
+
+import triton
+import triton.language as tl
+
+from kvarn.kernels.bits import at_nearest, exchanged, from_e4m3, half_bits, half_pair, half_upward, number_at, to_e4m3
+from kvarn.kernels.quarters import folded, joined, parted, spread
+from kvarn.kernels.record import store_plane
+from kvarn.kernels.tail import scale_of, word_code
+
+_STEP2 = tl.constexpr(0.9957)
+_STEP4 = tl.constexpr(0.3352)
+
+
+@triton.jit
+def find_exact(norm, G: tl.constexpr, E: tl.constexpr):
+    """Choose a tile's exact tokens by their values' squared lengths `norm` [G].
+
+    Of equals the first: a length, never negative, orders as its bits do, and the token stands below them. The next
+    round sees the one found as the greatest. Returns which columns they are, [G], and the tokens, a tuple.
+    """
+    tok = exchanged(tl.arange(0, G))
+    left = (norm.to(tl.int32, bitcast=True).to(tl.int64) << 32) | tok
+    exact, found = tok < 0, ()
+    for _ in tl.static_range(E):
+        token = tl.min(left, axis=0).to(tl.int32)
+        hit = tok == token
+        exact, found, left = exact | hit, found + (token,), tl.where(hit, 0x7FFFFFFFFFFFFFFF, left)
+    return exact, found
+
+
+@triton.jit
+def exact_columns(x, found, finite, G: tl.constexpr, Q: tl.constexpr, E: tl.constexpr):
+    """The columns of a tile x of the tokens that find_exact found: a tuple of [D], channels as flat_channels."""
+    out = ()
+    for e in tl.static_range(E):
+        hit = (exchanged(tl.arange(0, G)) == found[e]).to(tl.float32)[None, :]
+        column = tl.sum(joined((x[0] * hit, x[1] * hit, x[2] * hit, x[3] * hit)), axis=1)
+        out = out + (spread(column, finite, 4 * Q),)
+    return out
+
+
+@triton.jit
+def write_exact(rec, found, k, v, Q: tl.constexpr, E: tl.constexpr, VW: tl.constexpr, SCALARS: tl.constexpr,
+                EXACT: tl.constexpr, EXACT_AT: tl.constexpr):
+    """The exact tokens, their words and scales: `found` of find_exact, k and v of exact_columns."""
+    scales = (rec + SCALARS).to(tl.pointer_type(tl.float32)) + 2
+    words = (rec + EXACT).to(tl.pointer_type(tl.int16)) + flat_channels(Q)
+    for e in tl.static_range(E):
+        k_top, v_top = tl.split(tl.max(tl.abs(tl.join(k[e], v[e])), axis=0))
+        k_scale, v_scale = scale_of(k_top, 16 - VW), scale_of(v_top, VW)
+        tl.store(scales + 2 * e, k_scale)
+        tl.store(scales + 2 * e + 1, v_scale)
+        word = (word_code(k[e], k_scale, 16 - VW) << VW) | (word_code(v[e], v_scale, VW) & (2**VW - 1))
+        tl.store(words + e * 4 * Q, word.to(tl.int16))
+        tl.store(rec + EXACT_AT + e, found[e].to(tl.uint8))
+
+
+@triton.jit
+def encode_values(rec, v, norm, exact, finite, G: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr,
+                  V_CODES: tl.constexpr, SCALARS: tl.constexpr, W: tl.constexpr, M: tl.constexpr):
+    """Write a tile's v_codes, units and m: v finite, of squared lengths `norm` [G], tokens `exact` [G] of no scale.
+
+    Returns the upper half of the token words [G] int32.
+    """
+    half: tl.constexpr = (2**BITS - 1) / 2
+    m_bits = to_e4m3(mean_direction(v, norm, finite, Q))
+    tl.store(rec + M + flat_channels(Q), m_bits.to(tl.uint8))
+    m = from_e4m3(m_bits)
+    m_length = tl.maximum(tl.sum(m * m, axis=0), 1e-30)
+    m = parted(tl.reshape(m, (Q, 2, 2)))
+    along = folded(v[0] * m[0][:, None]) + folded(v[1] * m[1][:, None])
+    along += folded(v[2] * m[2][:, None]) + folded(v[3] * m[3][:, None])
+    along = spread(tl.sum(along, axis=0), finite, 4 * Q)
+    w, w_unit = over_unit(tl.where(exact, 0.0, along / m_length))
+    w_bits = to_e4m3(w)
+    w = from_e4m3(w_bits) * w_unit
+    rate = value_rate(v, w, m, norm, along, m_length, Q, BITS)[None, :]
+    w = w[None, :]
+    product, length = tl.zeros((8, G), tl.float32), tl.zeros((8, G), tl.float32)
+    out = rec + V_CODES + exchanged(tl.arange(0, Q))[:, None] * G + tl.arange(0, G)[None, :]
+    packed = ()
+    for i in tl.static_range(4):
+        z = v[i] - w * m[i][:, None]
+        length += folded(z * z)
+        # floor(x) + half + 1/2 is x + half rounded, ties aside. A clamp to 0..1 is part of a multiply-add.
+        code = at_nearest(tl.minimum(tl.maximum(z * rate + 0.5, 0.0), 1.0) * (2.0 * half))
+        product += folded(z * (number_at(code) - half))
+        packed = store_plane(out, packed, code.to(tl.int32, bitcast=True), i, Q * G, BITS)
+    length, product = tl.split(tl.reshape(spread(tl.sum(tl.join(length, product), axis=0), finite, 4 * Q), (G, 2)))
+    vt, vt_unit = over_unit(tl.where(exact, 0.0, length / tl.maximum(product, 1e-30)))
+    tl.store((rec + SCALARS).to(tl.pointer_type(tl.float32)), vt_unit)
+    tl.store((rec + SCALARS).to(tl.pointer_type(tl.float32)) + 1, w_unit)
+    if BITS > 2:
+        tl.store(rec + W + exchanged(tl.arange(0, G)), w_bits.to(tl.uint8))
+        return half_bits(vt) << 16
+    else:
+        return (to_e4m3(vt) << 16) | (w_bits << 24)
+
+
+@triton.jit
+def encode_keys(rec, k, norm, words, exact, finite, G: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr,
+                K_CODES: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr):
+    """Write a tile's k_codes, channel and token words, of which encode_values gave the upper halves `words` [G]: k
+    finite, of squared lengths `norm` [G], tokens `exact` [G] outside the ranges.
+    """
+    top: tl.constexpr = 2**BITS - 1
+    tok = exchanged(tl.arange(0, G))
+    mean = norm / (4 * Q)
+    kt_bits = half_bits(tl.minimum(mean * tl.rsqrt(tl.maximum(mean, 1e-37)), 65504.0))
+    kt = half_pair(kt_bits)[0].to(tl.float32)
+    inverse = 1.0 / tl.where(kt > 0, kt, 1.0)
+    token = (rec + TOKEN).to(tl.pointer_type(tl.int32)) + tok
+    tl.store(token, tl.where(exact, 0x8000, kt_bits) | words)
+    low, high = extremes(k, tl.where(exact, float("nan"), inverse), finite, Q, G)
+    kz = low.to(tl.float16)
+    low = kz.to(tl.float32)
+    ks = half_upward(tl.maximum(high - low, 0.0) / top)
+    word = (ks.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (kz.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    tl.store((rec + CHANNEL).to(tl.pointer_type(tl.int32)) + flat_channels(Q), word)
+    step = 1.0 / (tl.maximum(ks.to(tl.float32), 1e-30) * top)
+    start, step = parted(tl.reshape(low * step, (Q, 2, 2))), parted(tl.reshape(step, (Q, 2, 2)))
+    inverse = inverse[None, :]
+    out, packed = rec + K_CODES + tok[None, :] * (Q * BITS // 2) + tl.arange(0, Q)[:, None], ()
+    for i in tl.static_range(4):
+        code = tl.minimum(tl.maximum(k[i] * inverse * step[i][:, None] - start[i][:, None], 0.0), 1.0)
+        packed = store_plane(out, packed, at_nearest(code * top).to(tl.int32, bitcast=True), i, Q, BITS)
+
+
+@triton.jit
+def flat_channels(Q: tl.constexpr):
+    """The channels [D] of what is made of a tile's rows by `joined` and `spread`."""
+    at = tl.arange(0, 4 * Q)
+    return (at & 3) * Q + exchanged(at >> 2)
+
+
+@triton.jit
+def extremes(k, inverse, finite, Q: tl.constexpr, G: tl.constexpr):
+    """Least and greatest over the tokens of k times `inverse` [G], which is NaN where a token does not count: [D] each,
+    channels as flat_channels. First over the tokens that one thread holds.
+    """
+    low, high = (), ()
+    for i in tl.static_range(4):
+        u = tl.reshape(k[i] * inverse[None, :], (Q, G // 32, 16, 2))
+        low = low + (tl.min(tl.min(u, axis=3), axis=1),)
+        high = high + (tl.max(tl.max(u, axis=3), axis=1),)
+    both = tl.join(tl.min(joined(low), axis=1), tl.max(joined(high), axis=1))
+    return tl.split(tl.reshape(spread(both, finite, 4 * Q), (4 * Q, 2)))
+
+
+@triton.jit
+def mean_direction(v, norm, finite, Q: tl.constexpr):
+    """Mean over tokens of the unit vectors of v, scaled so that its largest magnitude is e4m3's: [D], channels as
+    flat_channels.
+    """
+    weight = tl.rsqrt(tl.maximum(norm, 1e-37))[None, :]
+    m = tl.sum(joined((v[0] * weight, v[1] * weight, v[2] * weight, v[3] * weight)), axis=1)
+    return over_unit(spread(m, finite, 4 * Q))[0]
+
+
+@triton.jit
+def over_unit(x):
+    """x [n] over its unit, such that the largest magnitude becomes e4m3's largest value; and the unit."""
+    unit = tl.max(tl.abs(x), axis=0) / 448.0
+    return x * (1.0 / tl.where(unit > 0, unit, 1.0)), unit
+
+
+@triton.jit
+def value_rate(v, w, m, norm, along, m_length, Q: tl.constexpr, BITS: tl.constexpr):
+    """One over the rounding step of each token [G]; `along` is <V, m>, `m_length` <m, m>, `norm` <V, V>."""
+    if BITS == 8:
+        top = tl.abs(v[0] - w[None, :] * m[0][:, None])
+        for i in tl.static_range(1, 4):
+            top = tl.maximum(top, tl.abs(v[i] - w[None, :] * m[i][:, None]))
+        return 0.5 / tl.maximum(tl.max(top, axis=0), 1e-30)
+    else:
+        # <Z, Z> without making Z. Where V is nearly w m that is inexact, and there the step need not be exact.
+        length = tl.maximum(norm - w * (2.0 * along - w * m_length), norm * 1e-6)
+        rate: tl.constexpr = (4 * Q) ** 0.5 / ((2**BITS - 1) * (_STEP2 if BITS == 2 else _STEP4))
+        return tl.rsqrt(tl.maximum(length, 1e-37)) * rate
