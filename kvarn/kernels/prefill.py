@@ -83,6 +83,8 @@ def attend_chunk(
         peak = new
 
     SEEN: tl.constexpr = -32752.0 * LOG2E if mask.dtype.element_ty == tl.float16 else HIDDEN / 2
+    peak /= c  # from here on scores without their scale: a difference of two is taken before it is scaled, or a fused
+    # multiply-add would make more of the rounding of a hidden key's than a softmax can bear
     few = tl.arange(0, P)
     m_at = mask + b * m_b + asked * m_h + (at * m_n)[:, None]
     k_at = key + head + few[:, None] * D + d[None, :]
@@ -102,11 +104,11 @@ def attend_chunk(
             shift = tl.where(tl.load(m_at + pos[None, :] * m_s, mask=asks, other=0) != 0, 0.0, float("-inf"))
         k_fine, v_fine = tl.abs(k.to(tl.float32)) < float("inf"), tl.abs(v.to(tl.float32)) < float("inf")
         told = tl.where(tl.min((k_fine & v_fine).to(tl.int32), axis=1) > 0, 0.0, float("nan"))
-        s = tl.dot(x, tl.trans(tl.where(k_fine, k, 0.0)), shift / c) * c
+        s = tl.dot(x, tl.trans(tl.where(k_fine, k, 0.0)), shift / c)
         new = tl.maximum(peak, tl.max(s, axis=1))
         safe = tl.where(new == float("-inf"), 0.0, new)
-        p, alpha = tl.exp2(s - safe[:, None]), tl.exp2(peak - safe)
-        total = total * alpha + tl.sum(p + tl.where(s > SEEN, told[None, :], 0.0), axis=1)
+        p, alpha = tl.exp2((s - safe[:, None]) * c), tl.exp2((peak - safe) * c)
+        total = total * alpha + tl.sum(p + tl.where(s > SEEN / c, told[None, :], 0.0), axis=1)
         acc = tl.dot(p.to(v.dtype), tl.where(v_fine, v, 0.0), acc * alpha[:, None])
         peak = new
 

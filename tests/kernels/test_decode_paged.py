@@ -178,4 +178,4 @@ def test_a_cache_that_would_be_misread_is_refused(records, words):
     """Records of another size; records at odd addresses."""
     step = Step((40,), (1,))
     with pytest.raises(ShapeError, match=words):
-        step.run(records(step.cache).to(DEVICE))
+        step.run(records(step.cache.to(DEVICE)))
