@@ -8,7 +8,7 @@ from write import chunk, paged_token
 
 from kvarn.kernels import configs
 
-FILL = {128: [(4, 168), (4, None), (8, 128)], 64: [(4, None), (4, 128), (2, None)], 256: [(8, None), (16, 128)]}
+FILL = {128: [(4, 168), (4, None), (8, 128)], 64: [(2, None), (4, None), (4, 128)], 256: [(8, None), (16, 128)]}
 """Warps and register limits by head_dim; the first is the default."""
 
 LEAVE = (8, 4, 16)

@@ -99,7 +99,7 @@ def fill(head_dim: int, group: int, capability: int) -> tuple[int, int | None]:
 
     At most one warp for 16 tokens: with more, warps would have no tokens of their own (rotation.across_times).
     """
-    warps, maxnreg = {64: (4, None), 128: (4, 168), 256: (8, None)}[head_dim]
+    warps, maxnreg = {64: (2, None), 128: (4, 168), 256: (8, None)}[head_dim]
     return min(warps, group // 16), maxnreg
 
 
