@@ -149,13 +149,19 @@ def new_cache(backend, config, batch, args, dtype):
     return cache
 
 
-def measure(backend, batch, model, args):
-    """One row: seconds of a decode step, the median of several runs of steps, and the memory it took."""
+def release(args):
+    """Frees what an earlier measurement holds: its graphs' pools and its cache."""
     torch._dynamo.reset()
-    counters.clear()
     gc.collect()
     if args.device != "cpu":
         torch.cuda.empty_cache()
+
+
+def measure(backend, batch, model, args):
+    """One row: seconds of a decode step, the median of several runs of steps, and the memory it took."""
+    release(args)
+    counters.clear()
+    if args.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     cache = new_cache(backend, model.config, batch, args, model.dtype)
     call = torch.compile(model, backend=backend, mode=args.mode, dynamic=False)
@@ -192,6 +198,7 @@ def measure(backend, batch, model, args):
 
 
 def measure_largest(backend, model, args):
+    release(args)  # before the free memory is looked at
     batch = largest_batch(backend, model.config, args, model.dtype)
     try:
         return measure(backend, batch, model, args)
