@@ -7,7 +7,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 DOC = HERE.parent / "docs" / "kernels.md"
 COLUMNS = {
-    "against_fa3": ("batch", "kv_heads", "group", "tokens", "head_dim", "ms", "fa3_ms", "times_faster", "error"),
+    "against_fa3": ("card", "commit", "what", "batch", "kv_heads", "group", "tokens", "head_dim", "ms", "fa3_ms",
+                    "times_faster", "error"),
     "decode": ("card", "commit", "batch", "kv_heads", "group", "tokens", "head_dim", "ms", "packed_gb_s",
                "bf16_read_ms", "times_faster", "sdpa_ms"),
     "explore_decode_early": ("batch", "heads", "group", "tokens", "dim", "n", "paged", "splits", "num_warps",
@@ -15,10 +16,14 @@ COLUMNS = {
     "growth": ("card", "commit", "batch", "tokens", "ms", "packed_gb_s", "times_faster"),
     "write": ("card", "commit", "what", "head_dim", "warps", "maxnreg", "ms", "of_copy", "bf16_write_ms",
               "bytes_differ"),
-    "prefill": ("history", "chunk", "kv_heads", "group", "head_dim", "ms", "sdpa_masked_ms", "sdpa_unmasked_ms",
-                "error"),
-    "end_to_end": ("backend", "batch", "tokens", "capacity", "layers", "mode", "tokens_per_second", "ms_per_step",
-                   "cache_bytes", "peak_bytes", "cuda_graph_skips"),
+    "explore_write": ("what", "head_dim", "warps", "maxnreg", "ms", "of_copy"),
+    "prefill": ("card", "commit", "history", "chunk", "kv_heads", "group", "head_dim", "ms", "sdpa_masked_ms",
+                "sdpa_unmasked_ms", "error"),
+    "end_to_end": ("card", "commit", "backend", "batch", "tokens", "capacity", "layers", "mode",
+                   "tokens_per_second", "ms_per_step", "cache_bytes", "peak_bytes", "cuda_graph_skips"),
+    "counters": ("workload", "us", "registers", "resident_warps", "issue_busy_pct", "eligible_warps", "dram_pct",
+                 "l2_pct", "l1_pct", "alu_pct", "tensor_pct", "wait_memory", "wait_shared", "wait_fixed",
+                 "wait_barrier"),
     "machine_code": ("kernel", "target", "warps", "registers", "programs_a_processor", "stack", "matrix",
                      "instructions"),
 }
@@ -48,8 +53,11 @@ def cell(text: str) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def table(name: str) -> str:
+def table(name: str, newest: bool = False) -> str:
+    """A file's rows as Markdown; with `newest` those of its last row's commit."""
     found, columns = rows(name), COLUMNS[name]
+    if newest:
+        found = [row for row in found if row["commit"] == found[-1]["commit"]]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(row[c]) for c in columns) + " |" for row in found]
     told = [[(key, row[key]) for key in WHERE if key in row] for row in found]

@@ -2,8 +2,8 @@
 
     kvarn demo --json --out docs > docs/demo.json && python docs/figures.py
 
-The demo's JSON, CSVs of benchmarks/results, and the tables of docs/accuracy.md and docs/kernels.md, which their own
-scripts wrote. The tables of docs/vllm.md too.
+The demo's JSON, CSVs of benchmarks/results, and the table of docs/accuracy.md, which its own script wrote. The tables
+of docs/vllm.md too.
 """
 
 import csv
@@ -46,16 +46,17 @@ def others() -> str:
     plain, packed, none = (int(memory[f"peak_{name}"]) / 2**20 for name in ("plain", "kvarn", "no_cache"))
     cache = int(memory["plain_cache_bytes"]) / 2**20
     accuracy = (REPOSITORY / "docs/accuracy.md").read_text().split("## The answer\n\n")[1].split("\n\n")[0]
-    kernels = (REPOSITORY / "docs/kernels.md").read_text()
-    fa3 = kernels.split("<!-- table against_fa3 -->\n")[1].split("<!-- end against_fa3 -->")[0]
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    from tables import table
+
     return (f"Peak memory of a process whose cache of {int(memory['tokens']):,} tokens takes {cache:,.0f} MiB plain: "
             f"{plain:,.0f} MiB with it, {packed:,.0f} MiB with `empty_static_cache` and packed, {none:,.0f} MiB with a "
             f"cache of one chunk (`benchmarks/peak_memory.py`).\n\n"
             f"Accuracy in float32, KL to the unquantized model (`docs/accuracy.md`: method, every peer, "
             f"what is missing):\n\n{accuracy}\n\n"
-            f"Decode kernel, paged, against FlashAttention-3 on a bfloat16 cache. These rows and the next table were "
-            f"measured with a defect that made small batches slower and is repaired since (`docs/kernels.md`, with "
-            f"everything else that was and was not run):\n\n{fa3}\n"
+            f"One decode step and a chunk over packed history, paged, against FlashAttention-3 on a bfloat16 cache: "
+            f"the newest rows (`docs/kernels.md` has every row, and what was and was not run):\n\n"
+            f"{table('against_fa3', newest=True)}\n\n"
             f"{serving()}\n")
 
 

@@ -95,7 +95,7 @@ def combine(parts: int, head_dim: int) -> tuple[int, int]:
 
 def fill(head_dim: int, group: int, capability: int) -> tuple[int, int | None]:
     """Warps and register limit of the kernels that round whole tiles: at head_dim 128 a few registers too little, so
-    that three programs run at once and not two.
+    that three programs run at once and not two; at 64 two warps need no limit to be as fast as four with one.
 
     At most one warp for 16 tokens: with more, warps would have no tokens of their own (rotation.across_times).
     """

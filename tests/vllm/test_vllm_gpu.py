@@ -62,7 +62,7 @@ def far(ours, theirs, texts, count, noise=NOISE):
 def check(ours, theirs, texts, count):
     wrong, compared = far(ours, theirs, texts, count)
     assert not wrong
-    assert compared > 20  # bfloat16: a near tie ends a comparison early
+    assert compared > len(texts) * min(count, 30) / 3  # a near tie ends a text's comparison; long texts meet one
 
 
 def test_who_attends(stock, eager):
