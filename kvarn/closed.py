@@ -6,7 +6,7 @@
             c[t,d] = floor(Z / (step * rms(Z[t]))) + 1/2, clamped;  vt[t] = <Z, Z> / <Z, c>
             V_hat[t,d] = c[t,d] * vt[t] + w[t] * m[d]
     exact   the tokens of smallest |V| (attention sinks have it) are kept, key and value, as the tail keeps tokens;
-            keys' ranges leave them out, their kt is -0.0, their vt and w are 0
+            keys' ranges leave them out, their keys' codes are 0, their kt is -0.0, their vt and w are 0
 
 Codes are made with the rounded scales. vt makes <Z, Z_hat> = <Z, Z>: the MSE-optimal step alone shrinks every value,
 and that bias does not average out over the tokens an attention sums (docs/accuracy.md). Steps: J. Max, "Quantizing for
@@ -92,7 +92,7 @@ def _encode_keys(k: Tensor, at: Tensor, record: Tensor, layout: StoreLayout) -> 
     step = (u.masked_fill(exact, -torch.inf).amax(-2) - kz).clamp_min(0) / top
     f["ks"].of(record).copy_(float8.upward_half(step))
     ks = key_steps(record, layout)
-    codes = ((u - kz[..., None, :]) / ks.clamp_min(_TINY)[..., None, :]).round().clamp(0, top)
+    codes = ((u - kz[..., None, :]) / ks.clamp_min(_TINY)[..., None, :]).round().clamp(0, top).masked_fill(exact, 0)
     f["k_codes"].of(record).copy_(pack_keys(codes, layout.spec.k_bits))
 
 

@@ -109,28 +109,30 @@ def encode_values(rec, v, norm, exact, finite, G: tl.constexpr, Q: tl.constexpr,
 def encode_keys(rec, k, norm, words, exact, finite, G: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr,
                 K_CODES: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr):
     """Write a tile's k_codes, channel and token words, of which encode_values gave the upper halves `words` [G]: k
-    finite, of squared lengths `norm` [G], tokens `exact` [G] outside the ranges.
+    finite, of squared lengths `norm` [G], tokens `exact` [G] outside the ranges and of codes 0: a clamp takes their NaN
+    for that.
     """
     top: tl.constexpr = 2**BITS - 1
     tok = exchanged(tl.arange(0, G))
     mean = norm / (4 * Q)
     kt_bits = half_bits(tl.minimum(mean * tl.rsqrt(tl.maximum(mean, 1e-37)), 65504.0))
     kt = half_pair(kt_bits)[0].to(tl.float32)
-    inverse = 1.0 / tl.where(kt > 0, kt, 1.0)
+    inverse = tl.where(exact, float("nan"), 1.0 / tl.where(kt > 0, kt, 1.0))[None, :]
     token = (rec + TOKEN).to(tl.pointer_type(tl.int32)) + tok
     tl.store(token, tl.where(exact, 0x8000, kt_bits) | words)
-    low, high = extremes(k, tl.where(exact, float("nan"), inverse), finite, Q, G)
+    k = k[0] * inverse, k[1] * inverse, k[2] * inverse, k[3] * inverse
+    low, high = extremes(k, finite, Q, G)
     kz = low.to(tl.float16)
     low = kz.to(tl.float32)
     ks = half_upward(tl.maximum(high - low, 0.0) / top)
     word = (ks.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (kz.to(tl.int16, bitcast=True).to(tl.int32) << 16)
     tl.store((rec + CHANNEL).to(tl.pointer_type(tl.int32)) + flat_channels(Q), word)
-    step = 1.0 / (tl.maximum(ks.to(tl.float32), 1e-30) * top)
+    step = tl.rsqrt(tl.maximum(ks.to(tl.float32), 1e-30) * top)
+    step *= step
     start, step = parted(tl.reshape(low * step, (Q, 2, 2))), parted(tl.reshape(step, (Q, 2, 2)))
-    inverse = inverse[None, :]
     out, packed = rec + K_CODES + tok[None, :] * (Q * BITS // 2) + tl.arange(0, Q)[:, None], ()
     for i in tl.static_range(4):
-        code = tl.minimum(tl.maximum(k[i] * inverse * step[i][:, None] - start[i][:, None], 0.0), 1.0)
+        code = tl.minimum(tl.maximum(k[i] * step[i][:, None] - start[i][:, None], 0.0), 1.0)
         packed = store_plane(out, packed, at_nearest(code * top).to(tl.int32, bitcast=True), i, Q, BITS)
 
 
@@ -142,13 +144,13 @@ def flat_channels(Q: tl.constexpr):
 
 
 @triton.jit
-def extremes(k, inverse, finite, Q: tl.constexpr, G: tl.constexpr):
-    """Least and greatest over the tokens of k times `inverse` [G], which is NaN where a token does not count: [D] each,
-    channels as flat_channels. First over the tokens that one thread holds.
+def extremes(k, finite, Q: tl.constexpr, G: tl.constexpr):
+    """Least and greatest over the tokens of k of those that are numbers: [D] each, channels as flat_channels. First
+    over the tokens that one thread holds.
     """
     low, high = (), ()
     for i in tl.static_range(4):
-        u = tl.reshape(k[i] * inverse[None, :], (Q, G // 32, 16, 2))
+        u = tl.reshape(k[i], (Q, G // 32, 16, 2))
         low = low + (tl.min(tl.min(u, axis=3), axis=1),)
         high = high + (tl.max(tl.max(u, axis=3), axis=1),)
     both = tl.join(tl.min(joined(low), axis=1), tl.max(joined(high), axis=1))
