@@ -128,6 +128,16 @@ def test_an_exact_token_is_marked_by_a_negative_zero():
     assert bool((marked.sum(-1) == layout.spec.exact_rows).all())
 
 
+def test_key_codes_of_an_exact_token_are_zero():
+    """A kernel makes codes of keys over kt, and of an exact token that is NaN, so that no range counts it."""
+    k, v = tiles("outlier_tokens")
+    layout = StoreLayout(PRESETS["k4v2_g128"], 64, torch.float32)
+    record = encode(k, v, layout)
+    codes = unpack_keys(layout.record["k_codes"].of(record), 4)
+    at = layout.record["exact_at"].of(record).long()[..., None].expand(-1, -1, 64)
+    assert not codes.gather(1, at).any() and codes.any(-1).sum() == (128 - layout.spec.exact_rows) * len(record)
+
+
 def test_a_key_range_leaves_the_exact_token_out():
     k, v = tiles("gaussian")
     k[:, 5], v[:, 5] = 100 * k[:, 5].sign(), 1e-3 * v[:, 5]
