@@ -129,7 +129,7 @@ def test_an_exact_token_is_marked_by_a_negative_zero():
 
 
 def test_key_codes_of_an_exact_token_are_zero():
-    """A kernel makes codes of keys over kt, and of an exact token that is NaN, so that no range counts it."""
+    """They are of no use, and a kernel, which has NaN for such keys lest a range counts them, gets zeros of it."""
     k, v = tiles("outlier_tokens")
     layout = StoreLayout(PRESETS["k4v2_g128"], 64, torch.float32)
     record = encode(k, v, layout)

@@ -1,11 +1,10 @@
-"""Kernels with inline assembly give what they give without it. A GPU runs the one; here an emulation of its few
+"""A decode with inline assembly gives what it gives without. A GPU runs the assembly; here an emulation of its few
 instructions does (ptx.py), so that a wrong mask, shift or order of registers is seen without one.
 """
 
 import numpy as np
 import ptx
 import pytest
-import torch
 from stores import DEVICE, error
 from test_decode_paged import Step
 
@@ -44,7 +43,7 @@ def test_a_step_by_assembly_is_the_step(assembled, monkeypatch, preset, dim):
     assembled.clear()
     assert error(by_assembly, step.run().double()) < 1e-3
     assert not assembled
-    assert error(by_assembly, step.expected()) < 1e-2
+    assert error(by_assembly, step.expected()) < 3e-3
 
 
 def test_a_wrong_instruction_is_seen(assembled, monkeypatch):
@@ -54,17 +53,8 @@ def test_a_wrong_instruction_is_seen(assembled, monkeypatch):
     assert error(step.run(), right.double()) > 0.05
 
 
-def test_the_emulation_of_each_instruction():
+def test_instructions_that_numpy_does_not_have():
     x, y = (np.array([v], np.uint32) for v in (0x3C00C000, 0x40003800))  # halves (-2, 1) and (0.5, 2), low ones first
     assert ptx.run("sub.rn.f16x2 $0, a, b;", {"a": x, "b": y})["$0"].view(np.float16).tolist() == [-2.5, -1.0]
-    assert ptx.run("mul.rn.f16x2 $0, a, b;", {"a": x, "b": y})["$0"].view(np.float16).tolist() == [-1.0, 2.0]
     a, b, c = (np.array([v], np.uint32) for v in (0b11110000, 0b11001100, 0b10101010))
     assert ptx.run("lop3.b32 $0, a, b, c, 0x6a;", {"a": a, "b": b, "c": c})["$0"] == 0x6A
-    split = ptx.run("{ .reg .b16 l, h; mov.b32 {l, h}, $1; mov.b32 $0, {h, l}; }", {"$1": x})
-    assert split["$0"] == 0xC0003C00
-    pair = torch.tensor([1.5, -0.25]).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-    word = np.array([int(pair[0]) | int(pair[1]) << 8], np.uint32)
-    both = ptx.run("cvt.rn.f16x2.e4m3x2 $0, a;", {"a": word})["$0"]
-    assert both.view(np.float16).tolist() == [1.5, -0.25]
-    upper = ptx.run("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }", {"$1": both})["$0"]
-    assert upper.view(np.float32).tolist() == [-0.25]
