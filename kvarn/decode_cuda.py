@@ -10,7 +10,7 @@ open tile (keys of 10 bits, values of 6) or, where they completed a tile, its re
 import torch
 from torch import Tensor
 
-from kvarn.device import channels_last, check_blocks, has_inline_assembly, kernel_offsets, processors
+from kvarn.device import assembly, channels_last, check_blocks, kernel_offsets, processors
 from kvarn.errors import ShapeError
 from kvarn.kernels import combine, configs, decode, extent
 from kvarn.layout import StoreLayout
@@ -47,7 +47,7 @@ def decode_store(q: Tensor, records: Tensor, tail: Tensor, lengths: Tensor, bala
     decode.decode(q, balance, signs(layout, q.device), records, tail, lengths, lengths, lengths, visible, mask,
                   partial, sums, (q_b, q_n, q_h, layout.record_bytes, 0), records.shape[2], kv_len, group, n, UNLIMITED,
                   scale, 0.0, config, kernel_offsets(layout), False, layout.spec.group, 0, extent.differs(mask, group),
-                  has_inline_assembly(q.device))
+                  assembly(q.device))
     combine.combine(partial, sums, None, None, out, (out.stride(0), out.stride(1), out.stride(2)), query_heads, n,
                     *configs.combine(config.splits, layout.head_dim))
     return out
@@ -89,7 +89,7 @@ def decode_paged(q: Tensor, cache: Tensor, table: Tensor, starts: Tensor, ends: 
     decode.decode(q, balance, signs(layout, q.device), cache, cache, table, starts, ends, ends, None, partial, sums,
                   (0, q.stride(0), q.stride(1), cache.stride(0), cache.stride(1)), 0, max_end, group, max_count,
                   window or UNLIMITED, scale, softcap, config, kernel_offsets(layout), True, layout.page,
-                  layout.spare, max_count > 1, has_inline_assembly(q.device))
+                  layout.spare, max_count > 1, assembly(q.device))
     combine.combine(partial, sums, sinks, starts, out, (0, out.stride(1), out.stride(0)), query_heads, max_count,
                     *configs.combine(config.splits, layout.head_dim))
     return out

@@ -79,9 +79,9 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def has_inline_assembly(device: torch.device) -> bool:
-    """Whether kernels may use PTX."""
-    return device.type == "cuda" and torch.version.hip is None
+def assembly(device: torch.device) -> int:
+    """Which PTX kernels may use: none (0), what every GPU has (1), sm_89's conversions of e4m3 too (2)."""
+    return (capability(device) > 0) + (capability(device) >= 89)
 
 
 def processors(device: torch.device) -> int:
@@ -91,7 +91,7 @@ def processors(device: torch.device) -> int:
 
 def capability(device: torch.device) -> int:
     """90 for sm_90; 0 for what is no NVIDIA GPU."""
-    if not has_inline_assembly(device):
+    if device.type != "cuda" or torch.version.hip is not None:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

@@ -10,22 +10,43 @@ CODE_UNIT = tl.constexpr(2.0**-24)
 
 
 @triton.constexpr_function
-def _take_pairs(mask: int) -> str:
+def _take_field(shift: int, mask: int) -> str:
     both = hex(mask | mask << 16)
-    return f"{{ .reg .b32 h; and.b32 $0, $2, {both}; shr.u32 h, $2, 8; and.b32 $1, h, {both}; }}"
+    return f"shr.u32 $0, $1, {shift}; and.b32 $0, $0, {both};" if shift else f"and.b32 $0, $1, {both};"
 
 
 @triton.jit
-def codes(packed, MASK: tl.constexpr, ASM: tl.constexpr):
-    """Bytes to float16 (byte & MASK) * CODE_UNIT; with ASM also undoes the exchange of bytes 1 and 2 of every four.
+def codes(pairs, HALF: tl.constexpr, MASK: tl.constexpr, ASM: tl.constexpr):
+    """int16 pairs of bytes to float16 (byte & MASK) * CODE_UNIT of the lower (HALF 0) or upper bytes.
 
-    The inline assembly is three instructions per four bytes and needs the four along the contracted axis in one
-    register, as the operand layout of a matrix product has them. Without it, read bytes at `exchanged` addresses.
+    Bytes come in twos, as a matrix product's operand of 16 bits has them: with single bytes Triton has an operand of
+    four in a row, and then the other operand's registers, in twos too, need a move each before a product takes them.
     """
     if ASM:
-        return tl.inline_asm_elementwise(_take_pairs(MASK), "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(_take_field(8 * HALF, MASK), "=r,r", [pairs], dtype=tl.float16, is_pure=True,
+                                         pack=2)
     else:
-        return (packed & MASK).to(tl.uint16).to(tl.float16, bitcast=True)
+        return ((pairs >> (8 * HALF)) & MASK).to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def of_half(index, HALF: tl.constexpr):
+    """What lies in the lower or upper byte of pair `index`: entries 1 and 2 of every four bytes are exchanged."""
+    return (index & ~1) * 2 + (index & 1) + 2 * HALF
+
+
+@triton.jit
+def halves(x):
+    """The entries of x [..., N] of all lower bytes and those of all upper ones, [..., N / 2] each."""
+    shape: tl.constexpr = x.shape
+    if len(shape) == 1:
+        x = tl.permute(tl.reshape(x, (shape[0] // 4, 2, 2)), (0, 2, 1))
+        low, high = tl.split(x)
+        return tl.reshape(low, (shape[0] // 2,)), tl.reshape(high, (shape[0] // 2,))
+    else:
+        x = tl.permute(tl.reshape(x, (shape[0], shape[1] // 4, 2, 2)), (0, 1, 3, 2))
+        low, high = tl.split(x)
+        return tl.reshape(low, (shape[0], shape[1] // 2)), tl.reshape(high, (shape[0], shape[1] // 2))
 
 
 @triton.jit
@@ -42,12 +63,29 @@ def from_e4m3(byte):
 
 
 @triton.jit
-def e4m3_pair(word):
-    """The e4m3 bytes 2 (never negative) and 3 of a 32-bit word as float32, 2^8 too small."""
-    low = (word >> 9) & 0x3F80
-    high = ((word >> 16) & 0x8000) | ((word >> 17) & 0x3F80)
-    return (low.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32),
-            high.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32))
+def from_e4m3_bytes(x, ASM: tl.constexpr):
+    """e4m3 bytes, uint8, as float32; with ASM > 1 a thread has four of them or a multiple."""
+    if ASM > 1:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 x, y; mov.b32 {x, y}, $2; cvt.rn.f16x2.e4m3x2 $0, x; cvt.rn.f16x2.e4m3x2 $1, y; }",
+            "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4).to(tl.float32)
+    else:
+        return from_e4m3(x.to(tl.int32))
+
+
+@triton.jit
+def e4m3_pair(word, ASM: tl.constexpr):
+    """The e4m3 bytes 2 (never negative) and 3 of a 32-bit word as float32."""
+    if ASM > 1:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 x, y; .reg .b32 h; mov.b32 {x, y}, $2; cvt.rn.f16x2.e4m3x2 h, y; mov.b32 {x, y}, h; "
+            "cvt.f32.f16 $0, x; cvt.f32.f16 $1, y; }", "=f,=f,r", [word], dtype=(tl.float32, tl.float32), is_pure=True,
+            pack=1)
+    else:
+        low = (word >> 9) & 0x3F80
+        high = ((word >> 16) & 0x8000) | ((word >> 17) & 0x3F80)
+        return (low.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0,
+                high.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0)
 
 
 @triton.jit
@@ -90,7 +128,7 @@ def half_bits(x):
 @triton.jit
 def half_pair(word):
     """The low and the high half of a 32-bit word, each as float16."""
-    low, high = (word & 0xFFFF).to(tl.uint16), ((word >> 16) & 0xFFFF).to(tl.uint16)
+    low, high = word.to(tl.uint16), (word >> 16).to(tl.uint16)
     return low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True)
 
 

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kvarn.kernels.bits import codes, e4m3_pair, exchanged, from_e4m3, half_pair
+from kvarn.kernels.bits import codes, e4m3_pair, from_e4m3, from_e4m3_bytes, half_pair, halves, of_half
 from kvarn.kernels.configs import DecodeConfig
-from kvarn.kernels.decode_parts import advance, attend_words, from_codes, in_codes, sum_two, tile_at
+from kvarn.kernels.decode_parts import advance, attend_words, fold, from_codes, in_codes, of_lanes, of_warps, tile_at
 from kvarn.kernels.query import query_planes
 from kvarn.kernels.sight import LOG2E, bias, soften
 
@@ -37,10 +37,11 @@ def decode_tiles(
     q_b, q_n, q_h, r_t, r_h, table_b, m_b, m_h, m_n, m_s, T, S, group, n, blocks, window, scale, cap,
     PAGED: tl.constexpr, PAGE: tl.constexpr, SPARE: tl.constexpr, MP: tl.constexpr, MASKED: tl.constexpr,
     ADDITIVE: tl.constexpr, ROWS: tl.constexpr, SOFTCAP: tl.constexpr, ASM: tl.constexpr, OPEN: tl.constexpr,
-    STEP: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, E: tl.constexpr,
-    VW: tl.constexpr, RECORD: tl.constexpr, TAIL: tl.constexpr, K_CODES: tl.constexpr, V_CODES: tl.constexpr,
-    SCALARS: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
-    EXACT: tl.constexpr, EXACT_AT: tl.constexpr, WORDS: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
+    STEP: tl.constexpr, WARPS: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
+    E: tl.constexpr, VW: tl.constexpr, RECORD: tl.constexpr, TAIL: tl.constexpr, K_CODES: tl.constexpr,
+    V_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr, W: tl.constexpr,
+    M: tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr, WORDS: tl.constexpr, K_SCALE: tl.constexpr,
+    V_SCALE: tl.constexpr,
 ):
     """Grid (splits, H * blocks, B). A program attends its share of a row's tiles; the first has the open one as well.
 
@@ -96,7 +97,7 @@ def decode_tiles(
     dk, dv = tl.arange(0, DK), tl.arange(0, DV)
     qs = query_planes(q_at, (mp // group) * q_n + (mp % group + h * group) * q_h, mp < asked * group,
                       balance + h * D, signs, scale * LOG2E, PK, DK, KB)
-    peak, total = tl.full([MP], float("-inf"), tl.float32), tl.zeros([MP], tl.float32)
+    peak, total = tl.full([MP], float("-inf"), tl.float32), tl.zeros([16 * WARPS, MP], tl.float32)
     sum_pv = tl.zeros([16, MP], tl.float32)
     acc = ()
     for _ in tl.static_range(PV):
@@ -119,10 +120,11 @@ def decode_tiles(
                                                     qs, cap, peak, total, sum_pv, acc, SOFTCAP, ASM, DK, DV, KB, VW)
     acc = in_codes(acc, VB)
 
-    step = tl.arange(0, STEP)
-    step_at, dk_at = step if ASM else exchanged(step), dk if ASM else exchanged(dk)
-    row = tl.arange(0, BATCH)
-    ones = tl.full([16, STEP], 1, tl.uint8)
+    pair, dk_pair, step = tl.arange(0, STEP // 2), tl.arange(0, DK // 2), tl.arange(0, STEP)
+    step = of_half(step % (STEP // 2), step // (STEP // 2))
+    v_at = V_CODES // 2 + dv[:, None] * (G // 2) + pair[None, :]
+    row, warp_row = tl.arange(0, BATCH), tl.arange(0, BATCH * WARPS) % BATCH
+    ones = tl.full([16, STEP // 2], 1, tl.int16)
     for start in range(low, high, BATCH):
         tiles = tile_at(begin + start + row, skip)
         stop = tl.minimum(start + BATCH, high)
@@ -134,9 +136,10 @@ def decode_tiles(
         for i in tl.static_range(PK - 1, -1, -1):  # each plane of qs is 2^KB less than the one before
             channels = tl.load((recs[:, None] + CHANNEL).to(tl.pointer_type(tl.int32)) + i * DK + dk[None, :],
                                mask=some[:, None], other=0)
-            zero = tl.dot(half_pair(channels)[1], qs[i], zero * 2.0**KB)
+            kz_low, kz_high = halves(half_pair(channels)[1])
+            zero = tl.dot(kz_high, qs[1][i], tl.dot(kz_low, qs[0][i], zero * 2.0**KB))
         zero *= 2.0**-24
-        pw = tl.zeros([BATCH, MP], tl.float32)
+        pw = tl.zeros([BATCH * WARPS, MP], tl.float32)
         zeros = tl.sum(tl.where((row == 0)[:, None], zero, 0.0), axis=0)[None, :]
         for part in range(start * STEPS, stop * STEPS):
             t, c = part // STEPS, part % STEPS * STEP
@@ -144,19 +147,20 @@ def decode_tiles(
             place = tl.sum(tl.where(row == t - start, places, 0), axis=0) if PAGED else tile
             rec = base + place.to(tl.int64) * r_t
             unit = tl.sum(tl.where(row == t - start, units, 0.0), axis=0)
-            ks, folded = (), ()
+            ks = ()
             for i in tl.static_range(PK):
-                ks = ks + (tl.load((rec + CHANNEL).to(tl.pointer_type(tl.int32)) + i * DK + dk),)
-            for i in tl.static_range(PK):
-                folded = folded + (qs[i] * half_pair(ks[i])[0][:, None],)
-            kb = tl.load(rec + K_CODES + (c + step)[:, None] * DK + dk_at[None, :])
+                ks = ks + (half_pair(tl.load((rec + CHANNEL).to(tl.pointer_type(tl.int32)) + i * DK + dk))[0],)
+            folded = fold(qs, ks, ASM)
+            kb = tl.load((rec + K_CODES).to(tl.pointer_type(tl.int16)) + (c + step)[:, None] * (DK // 2)
+                         + dk_pair[None, :])
             s = tl.zeros([STEP, MP], tl.float32) + zeros
             for i in tl.static_range(PK):
-                s = tl.dot(codes(kb, (2**KB - 1) << (i * KB), ASM), folded[i], s)
+                s = tl.dot(codes(kb, 0, (2**KB - 1) << (i * KB), ASM), folded[2 * i], s)
+                s = tl.dot(codes(kb, 1, (2**KB - 1) << (i * KB), ASM), folded[2 * i + 1], s)
             word = tl.load((rec + TOKEN).to(tl.pointer_type(tl.int32)) + c + step)
             s = soften(s * (half_pair(word)[0].to(tl.float32) * 2.0 ** (16 + KB))[:, None], cap, SOFTCAP)
-            if E > 0:  # an exact token's kt is -0.0: its turn comes below
-                s += tl.where(word & 0xFFFF == 0x8000, float("-inf"), 0.0)[:, None]
+            if E > 0:  # an exact token's kt is -0.0, the only one with a sign: its turn comes below
+                s += tl.where(word & 0x8000 != 0, float("-inf"), 0.0)[:, None]
             pos = tile * G + c
             if (pos < plain_first) | (pos + STEP > plain_last) | (sparse != 0):
                 s += bias(mask, m_b, m_h, m_n, m_s, group, n, blocks, pos, step, first, last, least, window, sparse, MP,
@@ -165,26 +169,29 @@ def decode_tiles(
             p = tl.exp2(s - safe[None, :])
             if VB > 2:
                 vt = half_pair(word)[1].to(tl.float32) * unit
-                w = from_e4m3(tl.load(rec + W + c + step).to(tl.int32)) * 2.0**-8
+                w = from_e4m3(tl.load(rec + W + c + step).to(tl.int32))
             else:
-                vt, w = e4m3_pair(word)
-                vt *= unit * 256.0
-            pv = (p * vt[:, None]).to(tl.float16)
-            vb = tl.load(rec + V_CODES + dv[:, None] * G + (c + step_at)[None, :])
+                vt, w = e4m3_pair(word, ASM)
+                vt *= unit
+            pv = tl.split(tl.permute(tl.reshape((p * vt[:, None]).to(tl.float16), (2, STEP // 2, MP)), (1, 2, 0)))
+            vb = tl.load(rec.to(tl.pointer_type(tl.int16)) + (v_at + c // 2))
             new = ()
             for i in tl.static_range(PV):
-                new = new + (tl.dot(codes(vb, (2**VB - 1) << (i * VB), ASM), pv, acc[i] * alpha[None, :]),)
+                x = tl.dot(codes(vb, 0, (2**VB - 1) << (i * VB), ASM), pv[0], acc[i] * alpha[None, :])
+                new = new + (tl.dot(codes(vb, 1, (2**VB - 1) << (i * VB), ASM), pv[1], x),)
             acc = new
-            sum_pv = tl.dot(codes(ones, 1, ASM), pv, sum_pv * alpha[None, :])
-            p_sum, w_sum = sum_two(p, p * w[:, None], ASM)
-            total = total * alpha + p_sum
-            pw = pw * alpha[None, :] + tl.where((row == t - start)[:, None], w_sum[None, :], 0.0)
+            sum_pv = tl.dot(codes(ones, 0, 1, ASM), pv[0], sum_pv * alpha[None, :])
+            sum_pv = tl.dot(codes(ones, 0, 1, ASM), pv[1], sum_pv)
+            total = total * alpha[None, :] + of_lanes(p, WARPS)
+            mine = of_warps(of_lanes(p * w[:, None], WARPS), WARPS)
+            pw = pw * alpha[None, :] + tl.where((warp_row == t - start)[:, None], mine, 0.0)
             zeros = tl.sum(tl.where((row == (part + 1) // STEPS - start)[:, None], zero, 0.0), axis=0)[None, :]
         w_unit = tl.load((recs + SCALARS).to(tl.pointer_type(tl.float32)) + 1, mask=some, other=0.0)
+        pw = tl.sum(tl.reshape(pw, (WARPS, BATCH, MP)), axis=0) * 2.0**-8
         ranks, acc = from_codes(acc, VB), ()
         for i in tl.static_range(PV):
             m = tl.load(recs[None, :] + M + (i * DV + dv)[:, None], mask=some[None, :], other=0)
-            m = from_e4m3(m.to(tl.int32)) * (256.0 * w_unit)[None, :]
+            m = from_e4m3_bytes(m, ASM) * (256.0 * w_unit)[None, :]
             acc = acc + (tl.dot(m.to(tl.float16), pw.to(tl.float16), ranks[i]),)
         for e in tl.static_range(E):
             at = tl.load(recs + EXACT_AT + e, mask=some, other=0).to(tl.int32)
@@ -197,6 +204,7 @@ def decode_tiles(
                 DV, KB, VW)
         acc = in_codes(acc, VB)
 
+    total = tl.sum(total, axis=0)
     center = tl.max(sum_pv, axis=0) * (2.0**24 * (2**VB - 1) / 2)
     inverse = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     acc = from_codes(acc, VB)
@@ -213,7 +221,7 @@ def decode(q: torch.Tensor, balance: torch.Tensor, signs: torch.Tensor, records:
            mask: torch.Tensor | None, partial: torch.Tensor, sums: torch.Tensor,
            strides: tuple[int, int, int, int, int], tiles: int, kv_len: int, group: int, n: int, window: int,
            scale: float, cap: float, config: DecodeConfig, offsets: dict[str, int], paged: bool, page: int, spare: int,
-           rows_differ: bool, asm: bool) -> None:
+           rows_differ: bool, asm: int) -> None:
     """Launch decode_tiles for partial [B, H, splits, rows, D]; strides are q_b, q_n, q_h, r_t, r_h; cap 0: none."""
     rows, heads, splits, padded, _ = partial.shape
     blocks = padded // config.block
@@ -223,5 +231,5 @@ def decode(q: torch.Tensor, balance: torch.Tensor, signs: torch.Tensor, records:
         sums, *strides, table.stride(0), *m_strides, tiles, kv_len, group, n, blocks, window, scale, cap * LOG2E.value,
         PAGED=paged, PAGE=page, SPARE=spare, MP=config.block, MASKED=mask is not None,
         ADDITIVE=mask is not None and mask.is_floating_point(), ROWS=rows_differ, SOFTCAP=cap > 0, ASM=asm,
-        OPEN=max(16, config.step // 4),
-        STEP=config.step, **offsets, num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg)
+        OPEN=max(16, config.step // 4), STEP=config.step, WARPS=config.num_warps, **offsets,
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg)

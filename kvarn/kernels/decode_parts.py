@@ -8,7 +8,7 @@ Scores are in log2 units. Accumulators are PV planes [DV, MP] float32.
 import triton
 import triton.language as tl
 
-from kvarn.kernels.bits import CODE_UNIT
+from kvarn.kernels.bits import CODE_UNIT, halves
 from kvarn.kernels.sight import soften
 
 
@@ -27,17 +27,54 @@ def tile_at(index, skip):
 
 
 @triton.jit
-def _add_two(a, b, c, d):
-    return a + c, b + d
+def of_lanes(p, WARPS: tl.constexpr):
+    """p [R, MP], a matrix product's result, summed over the tokens that one thread holds: [16 WARPS, MP]."""
+    return tl.sum(tl.reshape(p, (p.shape[0] // (16 * WARPS), 16 * WARPS, p.shape[1])), axis=0)
 
 
 @triton.jit
-def sum_two(x, y, TOGETHER: tl.constexpr):
-    """Sums over axis 0 of x and y; together they cost one exchange between warps."""
-    if TOGETHER:
-        return tl.reduce((x, y), 0, _add_two)
+def of_warps(x, WARPS: tl.constexpr):
+    """What of_lanes returns, summed over the threads of each warp: 16 rows of the same, WARPS times."""
+    x = tl.reshape(x, (WARPS, 16, x.shape[1]))
+    return tl.reshape(tl.broadcast_to(tl.sum(x, axis=1, keep_dims=True), x.shape), (16 * WARPS, x.shape[2]))
+
+
+@triton.constexpr_function
+def _products(count: int) -> str:
+    return "".join(f"mul.rn.f16x2 ${i}, ${count + i}, ${2 * count + i}; " for i in range(count))
+
+
+@triton.constexpr_function
+def _registers(count: int) -> str:
+    return ",".join(["=r"] * count + ["r"] * 2 * count)
+
+
+@triton.constexpr_function
+def _halves(count: int) -> tuple:
+    return (tl.float16,) * count
+
+
+@triton.jit
+def fold(qs, ks, ASM: tl.constexpr):
+    """The query's planes of halves times ks, a tuple of planes [DK]: lower and upper half of each plane in turn.
+
+    The inline assembly makes all of them at once, because Triton stores what becomes a matrix product's operand where
+    it is made, and reads it back at once: one after the other that would be two barriers each.
+    """
+    x, y = (), ()
+    for i in tl.static_range(len(ks)):
+        low, high = halves(ks[i])
+        x = x + (qs[0][i], qs[1][i])
+        y = y + (tl.broadcast_to(low[:, None], qs[0][i].shape), tl.broadcast_to(high[:, None], qs[1][i].shape))
+    count: tl.constexpr = len(x)
+    if ASM:
+        return tl.inline_asm_elementwise(_products(count), _registers(count), x + y, dtype=_halves(count), is_pure=True,
+                                         pack=2)
     else:
-        return tl.sum(x, axis=0), tl.sum(y, axis=0)
+        out = ()
+        for i in tl.static_range(count):
+            out = out + (x[i] * y[i],)
+        return out
 
 
 @triton.constexpr_function
@@ -65,10 +102,11 @@ def word_field(word, SHIFT: tl.constexpr, FIELD: tl.constexpr, ASM: tl.constexpr
 def word_scores(words, seen, qs, DK: tl.constexpr, KB: tl.constexpr, VW: tl.constexpr, ASM: tl.constexpr):
     """Keys of tokens at int16 pointers words [R], without their scale, times the query planes: [R, MP]."""
     dk = tl.arange(0, DK)
-    s = tl.zeros([words.shape[0], qs[0].shape[1]], tl.float32)
-    for i in tl.static_range(len(qs) - 1, -1, -1):  # each plane of qs is 2^KB less than the one before
-        key = tl.load(words[:, None] + i * DK + dk[None, :], mask=seen[:, None], other=0)
-        s = tl.dot(word_field(key, VW, 16 - VW, ASM), qs[i], s * 2.0**KB)
+    s = tl.zeros([words.shape[0], qs[0][0].shape[1]], tl.float32)
+    for i in tl.static_range(len(qs[0]) - 1, -1, -1):  # each plane of qs is 2^KB less than the one before
+        low, high = halves(tl.load(words[:, None] + i * DK + dk[None, :], mask=seen[:, None], other=0))
+        s = tl.dot(word_field(low, VW, 16 - VW, ASM), qs[0][i], s * 2.0**KB)
+        s = tl.dot(word_field(high, VW, 16 - VW, ASM), qs[1][i], s)
     return s * 2.0 ** (KB - 8)
 
 
@@ -94,7 +132,7 @@ def attend_words(words, seen, k_scale, v_scale, shift, qs, cap, peak, total, sum
     s = tl.where(seen[:, None], s, float("-inf"))
     peak, safe, alpha = advance(peak, s)
     p = tl.exp2(s - safe[None, :])
-    total = total * alpha + tl.sum(p, axis=0)
+    total = total * alpha[None, :] + (tl.sum(p, axis=0) * (1.0 / total.shape[0]))[None, :]
     acc = word_values(words, seen, (p * v_scale[:, None]).to(tl.float16), scaled(acc, alpha), DV, VW, ASM)
     return peak, total, sum_pv * alpha[None, :], acc
 

@@ -5,24 +5,36 @@
 import triton
 import triton.language as tl
 
+from kvarn.kernels.bits import of_half
+
 
 @triton.jit
 def query_planes(q, rows, used, balance, signs, scale, PK: tl.constexpr, DK: tl.constexpr, KB: tl.constexpr):
-    """(q / balance) H * scale, transposed: PK planes [DK, MP] float16, plane i times 2^(8 - KB - i KB) (decode.py).
+    """(q / balance) H * scale, transposed: PK planes of two halves [DK / 2, MP] float16 (bits.of_half), plane i times
+    2^(8 - KB - i KB) (decode.py).
 
     q [...] model dtype at offsets rows [MP], zeros where not `used`; balance [PK * DK] float32; signs [DK, DK] float16.
     H = H_PK x H_DK: a product with the matrix of signs for each plane, the query's upper and lower bits apart, then a
     butterfly over the planes.
     """
-    dk = tl.arange(0, DK)
-    h = tl.load(signs + dk[:, None] * DK + dk[None, :])
-    y = ()
+    dk, pair = tl.arange(0, DK), tl.arange(0, DK // 2)
+    low = tl.load(signs + of_half(pair, 0)[:, None] * DK + dk[None, :])
+    high = tl.load(signs + of_half(pair, 1)[:, None] * DK + dk[None, :])
+    y, z = (), ()
     for i in tl.static_range(PK):
         x = tl.load(q + rows[None, :] + i * DK + dk[:, None], mask=used[None, :], other=0.0).to(tl.float32)
         factor = (scale * (PK * DK) ** -0.5) / tl.load(balance + i * DK + dk)
         x = x * factor[:, None]
         upper = x.to(tl.float16)
-        y = y + (tl.dot(h, upper, tl.dot(h, (x - upper.to(tl.float32)).to(tl.float16))),)
+        lower = (x - upper.to(tl.float32)).to(tl.float16)
+        y = y + (tl.dot(low, upper, tl.dot(low, lower)),)
+        z = z + (tl.dot(high, upper, tl.dot(high, lower)),)
+    return mixed(y, PK, KB), mixed(z, PK, KB)
+
+
+@triton.jit
+def mixed(y, PK: tl.constexpr, KB: tl.constexpr):
+    """H_PK over planes, as query_planes returns them."""
     if PK == 2:
         y = y[0] + y[1], y[0] - y[1]
     if PK == 4:

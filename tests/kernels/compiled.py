@@ -66,7 +66,7 @@ def main(target: str, *names: str) -> None:
     report, capability = {}, int(target.removeprefix("sm_"))
     for name in names:
         kernel, dim = name.split("-")
-        launches = (write_launches.launches(int(dim), capability) | decode_launches.launches(int(dim))
+        launches = (write_launches.launches(int(dim), capability) | decode_launches.launches(int(dim), capability)
                     | chunk_launches.launches(int(dim), capability))
         report[name] = build(*launches[kernel], capability)
     print(json.dumps(report))

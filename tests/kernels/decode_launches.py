@@ -7,26 +7,26 @@ from kvarn.paged_layout import PagedLayout
 from kvarn.spec import PRESETS
 
 
-def launches(dim: int) -> dict:
+def launches(dim: int, capability: int) -> dict:
     """name -> (kernel, constexprs, num_warps, num_stages, maxnreg, types that differ), as configs.py has them."""
     layout = PagedLayout(PRESETS["k4v2_g128"], dim, torch.bfloat16)
     combined = {"PAGED": True, "SINKS": True, "MP": 8, "Q": dim // 4, "BLOCK": 16384 // dim}
     return {
-        "decode": tiles(layout, 8),
-        "masked": tiles(layout, 8, MASKED=True),
-        "paged": tiles(layout, 8, PAGED=True),
-        "verify": tiles(layout, 16, PAGED=True, ROWS=True),
-        "softcap": tiles(layout, 8, PAGED=True, SOFTCAP=True),
+        "decode": tiles(layout, 8, capability),
+        "masked": tiles(layout, 8, capability, MASKED=True),
+        "paged": tiles(layout, 8, capability, PAGED=True),
+        "verify": tiles(layout, 16, capability, PAGED=True, ROWS=True),
+        "softcap": tiles(layout, 8, capability, PAGED=True, SOFTCAP=True),
         "combine": (combine.combine_parts, combined, 4, 3, None, {}),
     }
 
 
-def tiles(layout: PagedLayout, queries: int, **flags: bool) -> tuple:
+def tiles(layout: PagedLayout, queries: int, capability: int, **flags: bool) -> tuple:
     """decode_tiles for `queries` query rows; flags that are not given are False."""
     config = configs.decode(32, 8, 128, queries, layout, 132)
     flags = dict.fromkeys(("PAGED", "MASKED", "ADDITIVE", "ROWS", "SOFTCAP"), False) | flags
-    constants = {"PAGE": layout.page, "SPARE": layout.spare, "MP": config.block, "ASM": True,
-                 "OPEN": max(16, config.step // 4), "STEP": config.step,
+    constants = {"PAGE": layout.page, "SPARE": layout.spare, "MP": config.block, "ASM": 1 + (capability >= 89),
+                 "OPEN": max(16, config.step // 4), "STEP": config.step, "WARPS": config.num_warps,
                  **flags, **configs.offsets(layout)}
     types = {"lengths": "*i32"} if flags["PAGED"] else {}
     return decode.decode_tiles, constants, config.num_warps, config.num_stages, config.maxnreg, types

@@ -6,6 +6,7 @@ A thread's `pack` elements are taken to be neighbours along the last axis, as an
 import re
 
 import numpy as np
+import torch
 
 
 def create_inline_asm(self, assembly, constraints, values, types, is_pure, pack):
@@ -44,13 +45,28 @@ def registers(data, pack):
 
 def run(assembly, values):
     """Values of all registers after the instructions, of those before."""
-    for line in filter(None, (part.strip() for part in assembly.strip(" {}").split(";"))):
+    text = assembly.strip()
+    text = text[1:-1] if text.startswith("{") and text.endswith("}") and ".reg" in text.split(";")[0] else text
+    for line in filter(None, (part.strip() for part in text.split(";"))):
         name, operands = line.split(None, 1)
-        if name != ".reg":
-            target, *sources = re.findall(r"[^,\s]+", operands)
-            sources = [values[x] if x in values else np.uint32(int(x, 0)) for x in sources]
-            values[target] = INSTRUCTIONS[name](*sources).astype(np.uint32)
+        if name == ".reg":
+            continue
+        operands = re.findall(r"\{[^}]*\}|[^,\s]+", operands)
+        target, sources = operands[0], [read(values, part) for part in operands[1:]]
+        result = INSTRUCTIONS[name](*sources)
+        if target.startswith("{"):
+            low, high = (part.strip() for part in target[1:-1].split(","))
+            values |= {low: result & np.uint32(0xFFFF), high: result >> np.uint32(16)}
+        else:
+            values[target] = result.astype(np.uint32)
     return values
+
+
+def read(values, name):
+    if name.startswith("{"):
+        low, high = (values[part.strip()] for part in name[1:-1].split(","))
+        return low | high << np.uint32(16)
+    return values[name] if name in values else np.uint32(int(name, 0))
 
 
 def halves(function):
@@ -70,5 +86,14 @@ def look_up(a, b, c, table):
     return result
 
 
-INSTRUCTIONS = {"and.b32": np.bitwise_and, "shr.u32": np.right_shift, "mov.b32": np.positive, "lop3.b32": look_up,
-                "sub.rn.f16x2": halves(np.subtract)}
+def from_e4m3(pair):
+    """Two e4m3 bytes in the lower half as two float16."""
+    bytes_ = np.ascontiguousarray(pair.astype(np.uint16)).view(np.uint8)
+    return torch.from_numpy(bytes_.copy()).view(torch.float8_e4m3fn).half().numpy().view(np.uint32)
+
+
+INSTRUCTIONS = {
+    "and.b32": np.bitwise_and, "shr.u32": np.right_shift, "mov.b32": lambda x: x, "lop3.b32": look_up,
+    "sub.rn.f16x2": halves(np.subtract), "mul.rn.f16x2": halves(np.multiply), "cvt.rn.f16x2.e4m3x2": from_e4m3,
+    "cvt.f32.f16": lambda x: x.astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32),
+}

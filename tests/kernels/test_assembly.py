@@ -5,6 +5,7 @@ instructions does (ptx.py), so that a wrong mask, shift or order of registers is
 import numpy as np
 import ptx
 import pytest
+import torch
 from stores import DEVICE, error
 from test_decode_paged import Step
 
@@ -15,8 +16,8 @@ pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the instruc
 CASES = [("k4v2_g64", 64), ("k4v4_g64", 64), ("k8v8_g128", 64), ("k4v2_g128", 128)]
 
 
-@pytest.fixture
-def assembled(monkeypatch):
+@pytest.fixture(params=(1, 2))
+def assembled(monkeypatch, request):
     """Decodes take the way of a GPU that runs PTX; the instructions that ran, by name."""
     from triton.runtime.interpreter import InterpreterBuilder
 
@@ -30,16 +31,17 @@ def assembled(monkeypatch):
 
     monkeypatch.setattr(ptx, "INSTRUCTIONS", {name: counted(name, f) for name, f in ptx.INSTRUCTIONS.items()})
     monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", ptx.create_inline_asm)
-    monkeypatch.setattr(decode_cuda, "has_inline_assembly", lambda device: True)
+    monkeypatch.setattr(decode_cuda, "assembly", lambda device: request.param)
     return ran
 
 
 @pytest.mark.parametrize("preset,dim", CASES)
-def test_a_step_by_assembly_is_the_step(assembled, monkeypatch, preset, dim):
+def test_a_step_by_assembly_is_the_step(assembled, monkeypatch, request, preset, dim):
     step = Step([300, 129, 40], [1, 2, 0], preset, dim)
     by_assembly = step.run()
-    assert "and.b32" in assembled
-    monkeypatch.setattr(decode_cuda, "has_inline_assembly", lambda device: False)
+    converts = request.node.callspec.params["assembled"] > 1
+    assert "and.b32" in assembled and ("cvt.rn.f16x2.e4m3x2" in assembled) == converts
+    monkeypatch.setattr(decode_cuda, "assembly", lambda device: 0)
     assembled.clear()
     assert error(by_assembly, step.run().double()) < 1e-3
     assert not assembled
@@ -58,3 +60,11 @@ def test_instructions_that_numpy_does_not_have():
     assert ptx.run("sub.rn.f16x2 $0, a, b;", {"a": x, "b": y})["$0"].view(np.float16).tolist() == [-2.5, -1.0]
     a, b, c = (np.array([v], np.uint32) for v in (0b11110000, 0b11001100, 0b10101010))
     assert ptx.run("lop3.b32 $0, a, b, c, 0x6a;", {"a": a, "b": b, "c": c})["$0"] == 0x6A
+    split = ptx.run("{ .reg .b16 l, h; mov.b32 {l, h}, $1; mov.b32 $0, {h, l}; }", {"$1": x})
+    assert split["$0"] == 0xC0003C00
+    pair = torch.tensor([1.5, -0.25]).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    word = np.array([int(pair[0]) | int(pair[1]) << 8], np.uint32)
+    both = ptx.run("cvt.rn.f16x2.e4m3x2 $0, a;", {"a": word})["$0"]
+    assert both.view(np.float16).tolist() == [1.5, -0.25]
+    upper = ptx.run("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }", {"$1": both})["$0"]
+    assert upper.view(np.float32).tolist() == [-0.25]
