@@ -4,7 +4,7 @@ import torch
 from common import copy_bandwidth, milliseconds, show, write_rows
 
 from kvarn.cache import PackedCache
-from kvarn.device import capability
+from kvarn.device import assembly, capability
 from kvarn.kernels import configs, quantize
 from kvarn.paged_cuda import append_paged_cuda
 from kvarn.paged_layout import paged_layout
@@ -32,7 +32,7 @@ def chunk(dim, bandwidth):
     k, v = (torch.randn(rows, heads, n, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     at, before = torch.arange(n, device="cuda")[None], torch.empty(rows, dtype=torch.int64, device="cuda")
     store, offsets, config = cache.tensors()[:3], configs.offsets(cache.layout), configs.fill(dim, 128, CAPABILITY)
-    how = 1, configs.leave(dim, 128, CAPABILITY), *config
+    how = 1, configs.leave(dim, 128, CAPABILITY), *config, assembly(k.device)
     ms = milliseconds(lambda: quantize.close(k, v, at, *store, before, cache.balance, *how, **offsets), 7, 2)
     moved = 4 * k.numel() + cache.records.numel()
     return {"what": "quantize", "head_dim": dim, "warps": config[0], "maxnreg": config[1] or 0, "ms": ms,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvarn.decode_cuda import decode_limit, decode_store
-from kvarn.device import capability, channels_last, kernel_offsets, on_own_device, processors
+from kvarn.device import assembly, capability, channels_last, kernel_offsets, on_own_device, processors
 from kvarn.errors import ShapeError
 from kvarn.kernels import append, blocks, configs, prefill, quantize, unpack
 from kvarn.layout import store_layout
@@ -50,7 +50,7 @@ def append_cuda(k: Tensor, v: Tensor, positions: Tensor, records: Tensor, tail: 
     per = configs.rows_per_look(rows, k.shape[1], processors(k.device)) if tokens == 1 else 1
     shape = layout.head_dim, layout.spec.group, capability(k.device)
     quantize.close(k, v, positions, records, tail, lengths, before, balance, per, configs.leave(*shape),
-                   *configs.fill(*shape), **offsets)
+                   *configs.fill(*shape), assembly(k.device), **offsets)
     if tokens == 1:
         append.write(k, v, positions, records, tail, lengths, balance, num_warps=4, **offsets)
     else:

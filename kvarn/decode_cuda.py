@@ -39,16 +39,17 @@ def decode_store(q: Tensor, records: Tensor, tail: Tensor, lengths: Tensor, bala
     q = channels_last(q)
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
+    hadamard = signs(layout, q.device)
     partial, sums, config = _parts(q, rows, heads, group, n, layout.tiles(kv_len), layout)
     visible = lengths.new_empty((rows, heads, 4), dtype=torch.int32) if mask is not None else lengths
     if mask is not None:
         extent.extent(mask, visible)
     q_b, q_h, q_n, _ = q.stride()
-    decode.decode(q, balance, signs(layout, q.device), records, tail, lengths, lengths, lengths, visible, mask,
+    decode.decode(q, balance, hadamard, records, tail, lengths, lengths, lengths, visible, mask,
                   partial, sums, (q_b, q_n, q_h, layout.record_bytes, 0), records.shape[2], kv_len, group, n, UNLIMITED,
                   scale, 0.0, config, kernel_offsets(layout), False, layout.spec.group, 0, extent.differs(mask, group),
                   assembly(q.device))
-    combine.combine(partial, sums, None, None, out, (out.stride(0), out.stride(1), out.stride(2)), query_heads, n,
+    combine.combine(partial, sums, None, hadamard, None, out, out.stride()[:3], query_heads, n,
                     *configs.combine(config.splits, layout.head_dim))
     return out
 
@@ -85,13 +86,14 @@ def decode_paged(q: Tensor, cache: Tensor, table: Tensor, starts: Tensor, ends: 
     if rows == 0 or max_count == 0 or max_end == 0:
         return out
     q = channels_last(q)
+    hadamard = signs(layout, q.device)
     partial, sums, config = _parts(q, rows, heads, group, max_count, layout.tiles(max_end), layout)
-    decode.decode(q, balance, signs(layout, q.device), cache, cache, table, starts, ends, ends, None, partial, sums,
+    decode.decode(q, balance, hadamard, cache, cache, table, starts, ends, ends, None, partial, sums,
                   (0, q.stride(0), q.stride(1), cache.stride(0), cache.stride(1)), 0, max_end, group, max_count,
                   window or UNLIMITED, scale, softcap, config, kernel_offsets(layout), True, layout.page,
                   layout.spare, max_count > 1, assembly(q.device))
-    combine.combine(partial, sums, sinks, starts, out, (0, out.stride(1), out.stride(0)), query_heads, max_count,
-                    *configs.combine(config.splits, layout.head_dim))
+    combine.combine(partial, sums, sinks, hadamard, starts, out, (0, out.stride(1), out.stride(0)), query_heads,
+                    max_count, *configs.combine(config.splits, layout.head_dim))
     return out
 
 

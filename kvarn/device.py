@@ -34,7 +34,7 @@ def kernel_offsets(layout: StoreLayout) -> dict[str, int]:
         SpecError, ShapeError: if no kernels exist for it.
     """
     check_spec(layout.spec)
-    check_head_dim(layout.head_dim)
+    check_head_dim(layout.head_dim, layout.spec)
     return configs.offsets(layout)
 
 
@@ -51,14 +51,15 @@ def check_spec(spec: QuantSpec) -> None:
         raise SpecError(f"{spec.key} has no GPU kernels; valid there: bits of {configs.BITS}")
 
 
-def check_head_dim(head_dim: int) -> None:
-    """Refuse a head dimension without kernels, of a store that has any.
+def check_head_dim(head_dim: int, spec: QuantSpec) -> None:
+    """Refuse a head dimension without kernels, of a store of a format that has any.
 
     Raises:
         ShapeError: if it is one.
     """
-    if head_dim not in configs.HEAD_DIMS:
-        raise ShapeError(f"head_dim={head_dim} has no GPU kernels; valid there: {configs.HEAD_DIMS}")
+    valid = configs.head_dims(spec.k_bits)
+    if head_dim not in valid:
+        raise ShapeError(f"head_dim={head_dim} has no GPU kernels for keys of {spec.k_bits} bits; valid there: {valid}")
 
 
 def check_blocks(cache: Tensor, layout: PagedLayout) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvarn.decode_cuda import decode_limit, decode_paged
-from kvarn.device import capability, channels_last, check_blocks, kernel_offsets, on_own_device, processors
+from kvarn.device import assembly, capability, channels_last, check_blocks, kernel_offsets, on_own_device, processors
 from kvarn.errors import ShapeError
 from kvarn.kernels import configs, paged_append, paged_unpack, raw_pages
 from kvarn.paged import unpacked_starts
@@ -38,7 +38,7 @@ def append_paged_cuda(k: Tensor, v: Tensor, cache: Tensor, table: Tensor, starts
     per = configs.rows_per_look(table.shape[0], k.shape[1], processors(k.device))
     shape = layout.head_dim, layout.spec.group, capability(k.device)
     paged_append.append(k, v, cache, table, starts, ends, balance, per, configs.leave(*shape), *configs.fill(*shape),
-                        layout.page, layout.spare, **kernel_offsets(layout))
+                        assembly(k.device), layout.page, layout.spare, **kernel_offsets(layout))
 
 
 def unpack_paged(k: Tensor, v: Tensor, cache: Tensor, table: Tensor, starts: Tensor, ends: Tensor, to: Tensor,

@@ -13,6 +13,13 @@ BITS = (2, 4, 8)
 """Code widths the kernels take: those that divide a byte."""
 
 
+def head_dims(k_bits: int) -> tuple[int, ...]:
+    """Head dimensions the kernels take with keys of k_bits: a matrix product takes channels by sixteens, those of the
+    lower or the upper bytes of a token's codes.
+    """
+    return tuple(dim for dim in HEAD_DIMS if dim * k_bits // 8 >= 32)
+
+
 @lru_cache(maxsize=64)
 def offsets(layout: StoreLayout) -> dict[str, int]:
     """Every size and byte offset a kernel needs, by its constexpr's name. An absent field is at 0 and never read."""
@@ -90,7 +97,9 @@ def best_splits(groups: int, tiles: int, resident: int) -> int:
 
 def combine(parts: int, head_dim: int) -> tuple[int, int]:
     """Parts that combine_parts takes at a time, and its warps: most programs of a large batch have few."""
-    return (8, 1) if parts <= 8 else (16384 // head_dim, 4)
+    if parts <= 8:
+        return 8, 1
+    return (4096 // head_dim, 2) if parts <= 4096 // head_dim else (16384 // head_dim, 4)
 
 
 def fill(head_dim: int, group: int, capability: int) -> tuple[int, int | None]:

@@ -32,7 +32,7 @@ def decode_tiles(
     lengths,  # [B] int64: stored tokens; paged: int32
     extent,  # [B, H, 4] int32 (extent.py); unused without MASKED
     mask,  # [B, Hq, n, S] uint8 or float, any strides; unused without MASKED
-    partial,  # [B, H, splits, blocks * MP, D] float16, store frame, out: the part's attention; not written if empty
+    partial,  # [B, H, splits, blocks * MP, D] float16, store frame, out: the part's attention, zeros if it is empty
     sums,  # [B, H, splits, 2, blocks * MP] float32, out: the part's highest score and its sum of 2^(score - highest)
     q_b, q_n, q_h, r_t, r_h, table_b, m_b, m_h, m_n, m_s, T, S, group, n, blocks, window, scale, cap,
     PAGED: tl.constexpr, PAGE: tl.constexpr, SPARE: tl.constexpr, MP: tl.constexpr, MASKED: tl.constexpr,
@@ -90,6 +90,7 @@ def decode_tiles(
     mp = tl.program_id(1) % blocks * MP + tl.arange(0, MP)
     out = (head * splits + split) * blocks * MP
     if (low >= high) & ((split > 0) | (held == 0)):  # more splits than a short row has tiles for
+        tl.store(partial + (out + mp)[:, None] * D + tl.arange(0, D)[None, :], tl.zeros([MP, D], tl.float16))
         tl.store(sums + out * 2 + mp, float("-inf"))
         tl.store(sums + (out * 2 + blocks * MP) + mp, 0.0)
         return

@@ -125,9 +125,9 @@ def fill_blocks(
     ends,  # [B] each row's length
     balance,  # [H, D] float32
     k_t, k_h, v_t, v_h, c_b, c_h, t_b, B,
-    G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, E: tl.constexpr, VW: tl.constexpr,
-    K_CODES: tl.constexpr, V_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr,
-    W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr,
+    ASM: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, E: tl.constexpr,
+    VW: tl.constexpr, K_CODES: tl.constexpr, V_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr,
+    TOKEN: tl.constexpr, W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr,
 ):
     """Grid (n // G, H): program i rounds the i-th of the tiles whose tokens are all new, counted over the rows."""
     i, h = tl.program_id(0), tl.program_id(1)
@@ -145,13 +145,13 @@ def fill_blocks(
         start, first, end = row_extent(starts, ends, found, found >= 0)
         tile = (first + G - 1) // G + i - tiles_before
         rec = cache + tl.load(table + found.to(tl.int64) * t_b + tile).to(tl.int64) * c_b + h * c_h
-        round_rows(rec, k + h * k_h, v + h * v_h, k_t, v_t, start + tile * G - first, balance + h * 4 * Q, G, Q, KB, VB,
-                   E, VW, K_CODES, V_CODES, SCALARS, CHANNEL, TOKEN, W, M, EXACT, EXACT_AT)
+        round_rows(rec, k + h * k_h, v + h * v_h, k_t, v_t, start + tile * G - first, balance + h * 4 * Q, ASM, G, Q,
+                   KB, VB, E, VW, K_CODES, V_CODES, SCALARS, CHANNEL, TOKEN, W, M, EXACT, EXACT_AT)
 
 
 def append(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, starts: torch.Tensor,
            ends: torch.Tensor, balance: torch.Tensor, per: int, leave_warps: int, fill_warps: int, maxnreg: int | None,
-           page: int, spare: int, **offsets: int) -> None:
+           asm: int, page: int, spare: int, **offsets: int) -> None:
     """Launch append_pages, `per` rows a closing program, and fill_blocks if k, v [n, H, D] can fill a tile; `offsets`
     are configs.offsets of a PagedLayout.
     """
@@ -166,5 +166,5 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, table: torch.T
         R=16, LOOK=ROWS_PER_LOOK, **constants, PAGE=page, SPARE=spare, num_warps=leave_warps)
     if n >= offsets["G"]:
         constants = {name: x for name, x in constants.items() if name not in ("WORDS", "K_SCALE", "V_SCALE")}
-        fill_blocks[(n // offsets["G"], heads)](k, v, cache, table, starts, ends, balance, *where, rows, **constants,
-                                                num_warps=fill_warps, maxnreg=maxnreg)
+        fill_blocks[(n // offsets["G"], heads)](k, v, cache, table, starts, ends, balance, *where, rows, ASM=asm,
+                                                **constants, num_warps=fill_warps, maxnreg=maxnreg)

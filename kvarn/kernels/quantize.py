@@ -9,7 +9,7 @@ import triton.language as tl
 from kvarn.kernels.bits import exchanged
 from kvarn.kernels.configs import ROWS_PER_LOOK
 from kvarn.kernels.encode import encode_keys, encode_values, exact_columns, find_exact, write_exact
-from kvarn.kernels.quarters import finite4, load_rows, select, spread
+from kvarn.kernels.quarters import finite4, load_rows, select, spread, together
 from kvarn.kernels.record import decode_keys, decode_values
 from kvarn.kernels.rotation import rotate_across, rotate_scaled_across, turned
 from kvarn.kernels.tail import scaled, tail_keys, tail_values, write_tail
@@ -21,15 +21,15 @@ def round_rows(
     k, v,  # one head's [n, D] model dtype, plain frame
     k_t, v_t, origin,  # the row of k and v where the tile begins
     scale,  # [D] float32: the head's balance
-    G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, E: tl.constexpr, VW: tl.constexpr,
-    K_CODES: tl.constexpr, V_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr,
-    W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr,
+    ASM: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, E: tl.constexpr,
+    VW: tl.constexpr, K_CODES: tl.constexpr, V_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr,
+    TOKEN: tl.constexpr, W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr,
 ):
     """Round a tile that is all new. Values first, then keys: only one of them is in registers."""
     tok, natural = exchanged(tl.arange(0, G)), tl.arange(0, Q)
-    y = rotate_across(load_rows(v, v_t, origin + tok, natural, tok >= 0, Q), Q)
+    y = rotate_across(together(load_rows(v, v_t, origin + tok, natural, tok >= 0, Q), ASM), Q)
     values, words, exact, found = round_values(rec, y, scale, G, Q, VB, E, V_CODES, SCALARS, W, M)
-    x = rotate_scaled_across(load_rows(k, k_t, origin + tok, natural, tok >= 0, Q), scale, Q)
+    x = rotate_scaled_across(together(load_rows(k, k_t, origin + tok, natural, tok >= 0, Q), ASM), scale, Q)
     round_keys(rec, x, values, words, exact, found, scale, G, Q, KB, E, VW, K_CODES, SCALARS, CHANNEL, TOKEN, EXACT,
                EXACT_AT)
 
@@ -69,9 +69,10 @@ def fill_tiles(
     records,  # [B, H, T, RECORD] uint8, store frame, out
     balance,  # [H, D] float32
     k_b, k_h, k_t, v_b, v_h, v_t, p_b, n, T,
-    G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, E: tl.constexpr, VW: tl.constexpr,
-    RECORD: tl.constexpr, K_CODES: tl.constexpr, V_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr,
-    TOKEN: tl.constexpr, W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr,
+    ASM: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, E: tl.constexpr,
+    VW: tl.constexpr, RECORD: tl.constexpr, K_CODES: tl.constexpr, V_CODES: tl.constexpr, SCALARS: tl.constexpr,
+    CHANNEL: tl.constexpr, TOKEN: tl.constexpr, W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr,
+    EXACT_AT: tl.constexpr,
 ):
     """Grid (tiles a chunk can complete, H, B): round the tiles that the chunk fills from end to end and goes beyond."""
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -81,7 +82,7 @@ def fill_tiles(
     if (tile < last // G) & (first >= 0) & (last < T.to(tl.int64) * G):
         rec = records + ((b * tl.num_programs(1) + h) * T + tile) * RECORD
         round_rows(rec, k + b * k_b + h * k_h, v + b * v_b + h * v_h, k_t, v_t, tile * G - first, balance + h * 4 * Q,
-                   G, Q, KB, VB, E, VW, K_CODES, V_CODES, SCALARS, CHANNEL, TOKEN, W, M, EXACT, EXACT_AT)
+                   ASM, G, Q, KB, VB, E, VW, K_CODES, V_CODES, SCALARS, CHANNEL, TOKEN, W, M, EXACT, EXACT_AT)
 
 
 @triton.jit(do_not_specialize=["p_b", "n", "T", "rows", "per"], do_not_specialize_on_alignment=["positions"])
@@ -194,7 +195,7 @@ def open_record(
 
 def close(k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, records: torch.Tensor, tail: torch.Tensor,
           lengths: torch.Tensor, before: torch.Tensor, balance: torch.Tensor, per: int, leave_warps: int,
-          fill_warps: int, maxnreg: int | None, **offsets: int) -> None:
+          fill_warps: int, maxnreg: int | None, asm: int, **offsets: int) -> None:
     """Launch leave_tiles for k, v [B, H, n, D] at positions [B or 1, n], `per` rows a program, and fill_tiles if n can
     fill a tile; `offsets` are configs.offsets.
     """
@@ -206,5 +207,5 @@ def close(k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, records: to
         LOOK=ROWS_PER_LOOK, ONE=n == 1, **offsets, num_warps=leave_warps)
     if n >= offsets["G"]:
         record_only = {name: x for name, x in offsets.items() if name not in ("TAIL", "WORDS", "K_SCALE", "V_SCALE")}
-        fill_tiles[(n // offsets["G"], heads, rows)](k, v, positions, records, balance, *where, **record_only,
+        fill_tiles[(n // offsets["G"], heads, rows)](k, v, positions, records, balance, *where, ASM=asm, **record_only,
                                                      num_warps=fill_warps, maxnreg=maxnreg)

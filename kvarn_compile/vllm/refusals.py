@@ -97,7 +97,7 @@ def head_size(size: int, settings: Settings, device: str) -> Iterator[Refusal]:
         yield Refusal(Reason.HEAD_SIZE, f"{size} channels cannot be rotated; valid: {HEAD_DIMS}", instead)
     elif device == "cuda":
         try:
-            check_head_dim(size)
+            check_head_dim(size, settings.spec)
         except ShapeError as error:
             yield Refusal(Reason.HEAD_SIZE, str(error), instead)
 

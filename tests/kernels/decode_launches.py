@@ -10,7 +10,7 @@ from kvarn.spec import PRESETS
 def launches(dim: int, capability: int) -> dict:
     """name -> (kernel, constexprs, num_warps, num_stages, maxnreg, types that differ), as configs.py has them."""
     layout = PagedLayout(PRESETS["k4v2_g128"], dim, torch.bfloat16)
-    combined = {"PAGED": True, "SINKS": True, "MP": 8, "Q": dim // 4, "BLOCK": 16384 // dim}
+    combined = {"PAGED": True, "SINKS": True, "MP": 8, "Q": dim // 4, "S": dim // 2, "BLOCK": 16384 // dim}
     return {
         "decode": tiles(layout, 8, capability),
         "masked": tiles(layout, 8, capability, MASKED=True),

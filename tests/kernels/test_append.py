@@ -14,16 +14,18 @@ from kvarn.spec import PRESETS, QuantSpec
 
 REAL = [("k4v2_g128", 128, torch.float16), ("k4v2_g128", 256, torch.bfloat16), ("k8v8_g128", 128, torch.float16)]
 CASES = [("k4v2_g64", 64, torch.float32), ("k4v4_g64", 64, torch.float16),
-         (QuantSpec(2, 8, 64, exact_rows=3), 64, torch.float32)] + (REAL if DEVICE == "cuda" else [])
-NEARLY_ALL = 2e-3
-"""Share of bytes that may differ: sums in another order move a value across a rounding edge now and then."""
+         (QuantSpec(2, 8, 64, exact_rows=3), 128, torch.float32)] + (REAL if DEVICE == "cuda" else [])
+NEARLY_ALL = {2: 2e-3, 4: 2e-3, 8: 4e-3}
+"""Bits of a value -> share of bytes that may differ: sums in another order move a value across a rounding edge now and
+then, the more often the more edges there are."""
 
 
 def same(cpu, gpu) -> None:
     records, tail, lengths, _ = (t.cpu() for t in gpu.tensors())
+    few = NEARLY_ALL[gpu.spec.v_bits]
     assert lengths.equal(cpu.lengths)
-    assert (records != cpu.records).double().mean() < NEARLY_ALL
-    assert (tail != cpu.tail).double().mean() < NEARLY_ALL
+    assert (records != cpu.records).double().mean() < few
+    assert (tail != cpu.tail).double().mean() < few
     for a, b in zip(gpu.unpack(), cpu.unpack(), strict=True):
         assert error(a.cpu(), b.double()) < 1e-2
 
@@ -91,7 +93,7 @@ def test_records_have_the_quantizers_bytes():
     write(None, gpu, k, v, torch.arange(129))
     framed = (x[:, :, :128].unflatten(2, (2, 64)) for x in
               (keys_in(k, torch.ones(2, 64), gpu.layout), values_in(v, gpu.layout)))
-    assert (gpu.records[:, :, :2].cpu() != encode(*framed, gpu.layout)).double().mean() < NEARLY_ALL
+    assert (gpu.records[:, :, :2].cpu() != encode(*framed, gpu.layout)).double().mean() < NEARLY_ALL[gpu.spec.v_bits]
 
 
 def test_nan_and_infinity_do_not_reach_other_tokens():

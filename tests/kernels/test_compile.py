@@ -21,8 +21,8 @@ TAKE_CODES = ("decode", "masked", "paged-", "verify", "softcap")
 SEAMS = 64
 """Bytes of stack that these may keep while they are not in a loop over tiles: with as many registers as they want,
 fewer programs fit a processor, and that is slower (docs/kernels.md)."""
-WITHOUT_MATRICES = ("combine", "extent", "raw", "rope_heads", "sights", "lists")
-STACK = {("sm_80", "fill-128"): 304, ("sm_80", "pages-128"): 312, ("sm_90", "fill-128"): 304, ("sm_90", "fill-256"): 24,
+WITHOUT_MATRICES = ("extent", "raw", "rope_heads", "sights", "lists")
+STACK = {("sm_80", "fill-128"): 304, ("sm_80", "pages-128"): 312, ("sm_90", "fill-128"): 304, ("sm_90", "fill-256"): 48,
          ("sm_90", "pages-128"): 200, ("sm_90", "decode-256"): 88,
          ("sm_90", "chunk-256"): 112, ("sm_100", "chunk-128"): 48,
          ("sm_100", "fill-128"): 432, ("sm_100", "pages-128"): 416,

@@ -52,7 +52,8 @@ def test_query_heads_per_kv_head(ratio):
 
 
 SPECS = [("k4v4_g64", 64, torch.float32), ("k8v8_g128", 64, torch.float16), ("k4v2_g128", 128, torch.bfloat16),
-         (QuantSpec(2, 4, 64, exact_rows=2), 64, torch.float32), (QuantSpec(4, 2, 64, exact_rows=0), 64, torch.float16)]
+         (QuantSpec(2, 4, 64, exact_rows=2), 128, torch.float32),
+         (QuantSpec(4, 2, 64, exact_rows=0), 64, torch.float16)]
 
 
 @pytest.mark.parametrize("spec,dim,dtype", SPECS + ([("k4v2_g128", 256, torch.float16)] if DEVICE == "cuda" else []))

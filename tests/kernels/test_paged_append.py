@@ -18,7 +18,7 @@ SPECS = [("k4v2_g128", 64, torch.float16)]  # most tests share this one: on a GP
 if DEVICE == "cuda":
     SPECS += [("k4v2_g128", 128, torch.bfloat16), ("k8v8_g128", 256, torch.float16)]
 else:
-    SPECS += [("k4v2_g64", 64, torch.float32), (QuantSpec(2, 4, 64, exact_rows=2), 64, torch.float16)]
+    SPECS += [("k4v2_g64", 64, torch.float32), (QuantSpec(2, 4, 64, exact_rows=2), 128, torch.float16)]
 STEPS = {"around a tile": [(127, 1, 128), (1, 127, 1), (1, 1, 1)],
          "many at once": [(129, 0, 300), (200, 5, 1), (60, 70, 0)],
          "token by token over an edge": [(126, 61, 60), (1, 1, 1), (1, 1, 1), (1, 1, 1), (1, 1, 1)],

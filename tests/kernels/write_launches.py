@@ -19,18 +19,19 @@ def launches(dim: int, capability: int) -> dict:
     (block, warps), (paged_block, paged_warps) = configs.unpack(dim), configs.unpack_paged(dim)
     look = {"LOOK": configs.ROWS_PER_LOOK, "R": 16}
     turn = {"ROT": dim, "NEOX": True}
+    asm = {"ASM": 1 + (capability >= 89)}
 
     def of(kernel, constants, num_warps, maxnreg=None):
         return kernel, {k: x for k, x in constants.items() if k in kernel.arg_names}, num_warps, 3, maxnreg, {}
 
     return {
-        "fill": of(quantize.fill_tiles, offsets, *fill),
+        "fill": of(quantize.fill_tiles, offsets | asm, *fill),
         "token": of(quantize.leave_tiles, {**look, "ONE": True, **offsets}, leave),
         "leave": of(quantize.leave_tiles, {**look, "ONE": False, **offsets}, leave),
         "write": of(append.write_token, {"R": 16, **offsets}, 4),
         "unpack": of(unpack.unpack_tiles, {"R": block, **offsets}, warps),
         "pages": of(paged_append.append_pages, {**look, **paged}, leave),
-        "blocks": of(paged_append.fill_blocks, paged, *fill),
+        "blocks": of(paged_append.fill_blocks, paged | asm, *fill),
         "paged_unpack": of(paged_unpack.unpack_blocks, {"R": paged_block, **paged}, paged_warps),
         "rope_pages": of(rope_append.rope_append_pages, {**look, **paged, **turn}, leave),
         "rope_heads": of(rope_append.rope_heads, {"R": 16, "BLOCK": dim, **turn}, 4),
