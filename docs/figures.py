@@ -74,14 +74,16 @@ def serving() -> str:
             continue
         base, cells = float(found["bf16"][what]["value"]), []
         for name in names[1:]:
-            value = float(found[name][what]["value"]) if what in found[name] else None
-            cells.append(f"{value:,.0f} | {value / base:.2f}" if value else " | ")
+            figure = found[name].get(what)
+            times = f"{figure['times']:.2f}" if figure and figure["times"] else ""
+            cells.append(f"{float(figure['value']):,.0f} | {times}" if figure else " | ")
         lines.append(f"| {title} | {base:,.0f} | " + " | ".join(cells) + " |")
     row = found["bf16"]["kv_tokens"]
-    commits = sorted({row["commit"] for figures in found.values() for row in figures.values()})
+    other = [f"`{name}` of {', '.join(sorted(commits))}, times the bf16 beside it" for name, figures in found.items()
+             if (commits := {figure["commit"] for figure in figures.values()} - {row["commit"]})]
     return (f"vLLM {row['vllm']} on one {row['card']}, the shape of Qwen3-32B with {row['layers']} layers, a pool "
             f"of {int(row['pool_bytes']) / 1e9:.0f} GB, prompts of {int(row['prompt']):,} tokens, CUDA graphs, "
-            f"commit {', '.join(commits)} (`benchmarks/vllm/speed.py`):\n\n" + "\n".join(lines) + "\n")
+            f"commit {'; '.join([row['commit'], *other])} (`benchmarks/vllm/speed.py`):\n\n" + "\n".join(lines) + "\n")
 
 
 def perplexity() -> str:

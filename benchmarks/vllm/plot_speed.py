@@ -29,8 +29,8 @@ def plot(found, path):
     figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
     width = 0.8 / len(found)
     for i, (variant, row) in enumerate(found.items()):
-        have = [x for x, name in enumerate(names) if name in row]
-        ratios = [float(row[names[x]]["value"]) / float(base[names[x]]["value"]) for x in have]
+        have = [x for x, name in enumerate(names) if name in row and row[name]["times"]]
+        ratios = [row[names[x]]["times"] for x in have]
         at = [x + (i - (len(found) - 1) / 2) * width for x in have]
         axes.bar_label(axes.bar(at, ratios, width, label=variant), fmt="%.2f", fontsize=7)
     axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])

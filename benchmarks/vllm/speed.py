@@ -207,14 +207,22 @@ def where(args, config, size):
 
 def latest(path):
     """The newest row of each variant's each figure, {variant: {what: row}}, on the card and with the settings of bf16's
-    last row, if it has any, else of the last."""
+    last row, if it has any, else of the last. A row's "times" is its value over bf16's of the same commit, None if that
+    was not measured: commits are measured on different machines.
+    """
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     base = ([row for row in rows if row["variant"] == "bf16"] or rows)[-1]
-    found = {}
+    found, stock = {}, {}
     for row in rows:
         if all(row[name] == base[name] for name in SETTINGS):
             found.setdefault(row["variant"], {})[row["what"]] = row
+            if row["variant"] == "bf16":
+                stock[row["commit"], row["what"]] = float(row["value"])
+    for figures in found.values():
+        for what, row in figures.items():
+            beside = stock.get((row["commit"], what))
+            row["times"] = float(row["value"]) / beside if beside else None
     return found
 
 
@@ -223,8 +231,7 @@ def show(found, variants):
     for variant in variants:
         cells = [f"{variant:<20}"]
         for what, row in found.get(variant, {}).items():
-            base = found.get("bf16", {}).get(what)
-            ratio = f" ({float(row['value']) / float(base['value']):.2f}x)" if base else ""
+            ratio = f" ({row['times']:.2f}x)" if row["times"] else ""
             cells.append(f"{what} {float(row['value']):,}{ratio}")
         print("  ".join(cells), flush=True)
 

@@ -153,3 +153,6 @@ def test_refusals_name_what_is_valid():
     _, gpu = twins("k4v2_g64", 1, 1, 64, 32, torch.float32)
     with pytest.raises(ShapeError, match="head_dim"):
         write(None, gpu, *tokens(1, 1, 1, 32, torch.float32, 0), torch.tensor([0]))
+    _, gpu = twins(QuantSpec(2, 4, 64), 1, 1, 64, 64, torch.float32)
+    with pytest.raises(ShapeError, match=r"head_dim=64 .* keys of 2 bits; valid there: \(128, 256\)"):
+        write(None, gpu, k, v, torch.tensor([0]))

@@ -1,0 +1,89 @@
+"""What a kernel's warps wait for, and its traffic by kind, from Nsight Compute's view of each instruction.
+
+    python benchmarks/stalls.py fill                           profiles the workload (counters.py) and adds its row
+    python benchmarks/stalls.py fill --saved FILE --card NAME --torch V --triton V --date D    adds it from a saved view
+
+Row of results/stalls.csv. A saved view is `ncu --csv --page source` of section SourceCounters.
+"""
+
+import argparse
+import csv
+import gzip
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+from rows import RESULTS, append, commit
+
+STALLS = {"memory_pct": "stall_long_sb", "shared_pct": "stall_short_sb", "fixed_pct": "stall_wait",
+          "issued_pct": "stall_selected", "barrier_pct": "stall_barrier", "not_chosen_pct": "stall_not_selected",
+          "queue_pct": "stall_mio"}
+"""Column -> stall: the share of the samples of all warps."""
+SUMS = {"instructions": "Instructions Executed", "global_sectors": "L2 Theoretical Sectors Global",
+        "spill_sectors": "L2 Theoretical Sectors Local", "shared_wavefronts": "L1 Wavefronts Shared",
+        "shared_ideal": "L1 Wavefronts Shared Ideal"}
+"""Column -> metric, summed over the instructions. Sectors are of 32 bytes, as if no cache held any."""
+
+
+def profiled(name: str) -> str:
+    """The view of one launch of a workload of counters.py."""
+    from counters import WORKLOADS
+
+    child = [sys.executable, str(Path(__file__).with_name("counters.py")), name]
+    command = ["ncu", "--csv", "--page", "source", "--clock-control", "none", "--section", "SourceCounters", "-k",
+               f"regex:{WORKLOADS[name][0]}", "-s", "2", "-c", "1", *child]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=180).stdout
+
+
+def saved(path: Path) -> str:
+    return gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+
+
+def summed(view: str) -> dict[str, float]:
+    """The columns of STALLS and SUMS.
+
+    Raises:
+        ValueError: if the text has no table of instructions.
+    """
+    start = view.find('"Address"')
+    if start < 0:
+        raise ValueError("no line begins with \"Address\"; valid: the output of ncu --csv --page source")
+    lines = list(csv.DictReader(io.StringIO(view[start:])))
+
+    def total(column: str) -> float:
+        return sum(float(line[column] or 0) for line in lines)
+
+    samples = total("# Samples")
+    return ({column: 100 * total(stall) / samples for column, stall in STALLS.items()}
+            | {column: total(metric) for column, metric in SUMS.items()})
+
+
+def here() -> dict[str, str]:
+    import datetime
+
+    import torch
+    import triton
+
+    return {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+            "date": datetime.date.today().isoformat()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workload")
+    parser.add_argument("--saved", type=Path)
+    told = ("card", "torch", "triton", "date")
+    for name in told:
+        parser.add_argument(f"--{name}")
+    args = parser.parse_args()
+    where = here() if args.saved is None else {name: getattr(args, name) for name in told}
+    if None in where.values():
+        parser.error("--saved needs --card, --torch, --triton and --date: where it was taken")
+    found = summed(profiled(args.workload) if args.saved is None else saved(args.saved))
+    append(RESULTS / "stalls.csv", [{"workload": args.workload, **found, **where, "commit": commit()}])
+    print(found)
+
+
+if __name__ == "__main__":
+    main()
