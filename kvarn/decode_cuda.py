@@ -49,8 +49,8 @@ def decode_store(q: Tensor, records: Tensor, tail: Tensor, lengths: Tensor, bala
                   partial, sums, (q_b, q_n, q_h, layout.record_bytes, 0), records.shape[2], kv_len, group, n, UNLIMITED,
                   scale, 0.0, config, kernel_offsets(layout), False, layout.spec.group, 0, extent.differs(mask, group),
                   assembly(q.device))
-    combine.combine(partial, sums, None, hadamard, None, out, out.stride()[:3], query_heads, n,
-                    *configs.combine(config.splits, layout.head_dim))
+    combine.combine(partial, sums, None, hadamard, None, out, (out.stride(0), out.stride(1), out.stride(2)),
+                    query_heads, n, *configs.combine(config.splits, layout.head_dim))
     return out
 
 
