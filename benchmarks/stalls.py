@@ -1,9 +1,10 @@
 """What a kernel's warps wait for, and its traffic by kind, from Nsight Compute's view of each instruction.
 
-    python benchmarks/stalls.py fill                           profiles the workload (counters.py) and adds its row
-    python benchmarks/stalls.py fill --saved FILE --card NAME --torch V --triton V --date D    adds it from a saved view
+    python benchmarks/stalls.py fill                profiles the workload (counters.py) and adds its row
+    python benchmarks/stalls.py fill --saved FILE --card NAME --torch V --triton V --date D --commit C
 
-Row of results/stalls.csv. A saved view is `ncu --csv --page source` of section SourceCounters.
+Row of results/stalls.csv. A saved view is `ncu --csv --page source` of section SourceCounters, and the rest says where
+and of what it was taken.
 """
 
 import argparse
@@ -66,22 +67,22 @@ def here() -> dict[str, str]:
     import triton
 
     return {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-            "date": datetime.date.today().isoformat()}
+            "date": datetime.date.today().isoformat(), "commit": commit()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workload")
     parser.add_argument("--saved", type=Path)
-    told = ("card", "torch", "triton", "date")
+    told = ("card", "torch", "triton", "date", "commit")
     for name in told:
         parser.add_argument(f"--{name}")
     args = parser.parse_args()
     where = here() if args.saved is None else {name: getattr(args, name) for name in told}
     if None in where.values():
-        parser.error("--saved needs --card, --torch, --triton and --date: where it was taken")
+        parser.error("--saved needs --card, --torch, --triton, --date and --commit: where and of what it was taken")
     found = summed(profiled(args.workload) if args.saved is None else saved(args.saved))
-    append(RESULTS / "stalls.csv", [{"workload": args.workload, **found, **where, "commit": commit()}])
+    append(RESULTS / "stalls.csv", [{"workload": args.workload, **found, **where}])
     print(found)
 
 

@@ -108,7 +108,8 @@ def _parts(q: Tensor, rows: int, heads: int, group: int, n: int, tiles: int, lay
 
 
 def signs(layout: StoreLayout, device: torch.device) -> Tensor:
-    """The Sylvester-Hadamard matrix of +-1 that decode_tiles multiplies a plane of the query by, made once a device.
+    """The Sylvester-Hadamard matrix of +-1 by which decode_tiles rotates the query and combine_parts the result, made
+    once a device.
 
     Whoever makes a store calls this first (cache.py): what is made inside a CUDA graph, or in the run before one from
     the graph's memory, is not for others.

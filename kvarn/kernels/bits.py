@@ -10,7 +10,7 @@ CODE_UNIT = tl.constexpr(2.0**-24)
 
 
 @triton.constexpr_function
-def _take_field(shift: int, mask: int) -> str:
+def _mask_pairs(shift: int, mask: int) -> str:
     both = hex(mask | mask << 16)
     return f"shr.u32 $0, $1, {shift}; and.b32 $0, $0, {both};" if shift else f"and.b32 $0, $1, {both};"
 
@@ -23,16 +23,16 @@ def codes(pairs, HALF: tl.constexpr, MASK: tl.constexpr, ASM: tl.constexpr):
     four in a row, and then the other operand's registers, in twos too, need a move each before a product takes them.
     """
     if ASM:
-        return tl.inline_asm_elementwise(_take_field(8 * HALF, MASK), "=r,r", [pairs], dtype=tl.float16, is_pure=True,
+        return tl.inline_asm_elementwise(_mask_pairs(8 * HALF, MASK), "=r,r", [pairs], dtype=tl.float16, is_pure=True,
                                          pack=2)
     else:
         return ((pairs >> (8 * HALF)) & MASK).to(tl.uint16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def of_half(index, HALF: tl.constexpr):
-    """What lies in the lower or upper byte of pair `index`: entries 1 and 2 of every four bytes are exchanged."""
-    return (index & ~1) * 2 + (index & 1) + 2 * HALF
+def of_half(index, half):
+    """What lies in the lower (0) or upper (1) byte of pair `index`: of four bytes, entries 1 and 2 are exchanged."""
+    return (index & ~1) * 2 + (index & 1) + 2 * half
 
 
 @triton.jit

@@ -50,12 +50,12 @@ def combine_parts(
         safe = tl.where(new == float("-inf"), 0.0, new)
         w, old = w * tl.exp2(high - safe), tl.exp2(peak - safe)
         peak, total, y = new, total * old + tl.sum(w, axis=0), y * old + tl.sum(x * w[:, None], axis=0)
-    inverse = tl.where(total > 0, (4 * Q) ** -0.5 / tl.where(total > 0, total, 1.0), 0.0)
+    inverse = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     # H = H_4 x H_Q. A product has sixteen rows: the four quarters four times, for the four that come out.
     y = tl.reshape(tl.broadcast_to(tl.reshape(y * inverse, (1, 4, Q)), (4, 4, Q)), (16, Q))
     upper = y.to(tl.float16)
     y = tl.dot(upper, h, tl.dot((y - upper.to(tl.float32)).to(tl.float16), h))
-    y = tl.sum(tl.reshape(y, (4, 4, Q)) * signs(four, four)[:, :, None], axis=1)
+    y = tl.sum(tl.reshape(y, (4, 4, Q)) * (signs(four, four) * (4 * Q) ** -0.5)[:, :, None], axis=1)
     tl.store(target + four[:, None] * Q + column[None, :], y.to(out.dtype.element_ty), mask=i < asked)
 
 

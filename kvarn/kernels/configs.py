@@ -15,9 +15,9 @@ BITS = (2, 4, 8)
 
 def head_dims(k_bits: int) -> tuple[int, ...]:
     """Head dimensions the kernels take with keys of k_bits: a matrix product takes channels by sixteens, those of the
-    lower or the upper bytes of a token's codes.
+    lower or the upper bytes of a token's codes. All for widths that have no kernels anyway.
     """
-    return tuple(dim for dim in HEAD_DIMS if dim * k_bits // 8 >= 32)
+    return tuple(dim for dim in HEAD_DIMS if k_bits not in BITS or dim * k_bits // 8 >= 32)
 
 
 @lru_cache(maxsize=64)

@@ -24,7 +24,7 @@ OPEN_TILES = tl.constexpr(2)
 def decode_tiles(
     q,  # [B, Hq, n, D] model dtype, plain frame, any strides over tokens and heads; paged: [tokens, Hq, D]
     balance,  # [H, D] float32
-    signs,  # [DK, DK] float16, +-1: the Sylvester-Hadamard matrix
+    hadamard,  # [DK, DK] float16, +-1: the Sylvester-Hadamard matrix
     records,  # [B, H, T, RECORD] uint8, store frame; paged: [blocks, H, RECORD], any strides over blocks and heads
     tail,  # [B, H, TAIL] uint8, store frame; unused if paged
     table,  # [B, N] int32: blocks of a row's tiles, then of its open one's pages; unused if not paged
@@ -97,7 +97,7 @@ def decode_tiles(
 
     dk, dv = tl.arange(0, DK), tl.arange(0, DV)
     qs = query_planes(q_at, (mp // group) * q_n + (mp % group + h * group) * q_h, mp < asked * group,
-                      balance + h * D, signs, scale * LOG2E, PK, DK, KB)
+                      balance + h * D, hadamard, scale * LOG2E, PK, DK, KB)
     peak, total = tl.full([MP], float("-inf"), tl.float32), tl.zeros([16 * WARPS, MP], tl.float32)
     sum_pv = tl.zeros([16, MP], tl.float32)
     acc = ()
@@ -217,7 +217,7 @@ def decode_tiles(
     tl.store(sums + (out * 2 + blocks * MP) + mp, total)
 
 
-def decode(q: torch.Tensor, balance: torch.Tensor, signs: torch.Tensor, records: torch.Tensor, tail: torch.Tensor,
+def decode(q: torch.Tensor, balance: torch.Tensor, hadamard: torch.Tensor, records: torch.Tensor, tail: torch.Tensor,
            table: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, extent: torch.Tensor,
            mask: torch.Tensor | None, partial: torch.Tensor, sums: torch.Tensor,
            strides: tuple[int, int, int, int, int], tiles: int, kv_len: int, group: int, n: int, window: int,
@@ -228,7 +228,7 @@ def decode(q: torch.Tensor, balance: torch.Tensor, signs: torch.Tensor, records:
     blocks = padded // config.block
     m_strides = (0, 0, 0, 0) if mask is None else mask.stride()
     decode_tiles[(splits, heads * blocks, rows)](
-        q, balance, signs, records, tail, table, starts, lengths, extent, extent if mask is None else mask, partial,
+        q, balance, hadamard, records, tail, table, starts, lengths, extent, extent if mask is None else mask, partial,
         sums, *strides, table.stride(0), *m_strides, tiles, kv_len, group, n, blocks, window, scale, cap * LOG2E.value,
         PAGED=paged, PAGE=page, SPARE=spare, MP=config.block, MASKED=mask is not None,
         ADDITIVE=mask is not None and mask.is_floating_point(), ROWS=rows_differ, SOFTCAP=cap > 0, ASM=asm,

@@ -46,11 +46,11 @@ def _products(count: int) -> str:
 
 @triton.constexpr_function
 def _registers(count: int) -> str:
-    return ",".join(["=r"] * count + ["r"] * 2 * count)
+    return ",".join(["=&r"] * count + ["r"] * 2 * count)
 
 
 @triton.constexpr_function
-def _halves(count: int) -> tuple:
+def _float16s(count: int) -> tuple:
     return (tl.float16,) * count
 
 
@@ -68,8 +68,8 @@ def fold(qs, ks, ASM: tl.constexpr):
         y = y + (tl.broadcast_to(low[:, None], qs[0][i].shape), tl.broadcast_to(high[:, None], qs[1][i].shape))
     count: tl.constexpr = len(x)
     if ASM:
-        return tl.inline_asm_elementwise(_products(count), _registers(count), x + y, dtype=_halves(count), is_pure=True,
-                                         pack=2)
+        return tl.inline_asm_elementwise(_products(count), _registers(count), x + y, dtype=_float16s(count),
+                                         is_pure=True, pack=2)
     else:
         out = ()
         for i in tl.static_range(count):

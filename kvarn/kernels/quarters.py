@@ -96,6 +96,6 @@ def together(x, ASM: tl.constexpr):
     """
     if ASM and x[0].dtype.primitive_bitwidth == 16:
         return tl.inline_asm_elementwise("mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;",
-                                         "=r,=r,=r,=r,r,r,r,r", x, dtype=_same(x[0]), is_pure=False, pack=2)
+                                         "=&r,=&r,=&r,=&r,r,r,r,r", x, dtype=_same(x[0]), is_pure=False, pack=2)
     else:
         return x

@@ -9,17 +9,18 @@ from kvarn.kernels.bits import of_half
 
 
 @triton.jit
-def query_planes(q, rows, used, balance, signs, scale, PK: tl.constexpr, DK: tl.constexpr, KB: tl.constexpr):
-    """(q / balance) H * scale, transposed: PK planes of two halves [DK / 2, MP] float16 (bits.of_half), plane i times
-    2^(8 - KB - i KB) (decode.py).
+def query_planes(q, rows, used, balance, hadamard, scale, PK: tl.constexpr, DK: tl.constexpr, KB: tl.constexpr):
+    """(q / balance) H * scale, transposed: of the channels of lower bytes, then of those of upper ones (bits.of_half),
+    PK planes [DK / 2, MP] float16, plane i times 2^(8 - KB - i KB) (decode.py).
 
-    q [...] model dtype at offsets rows [MP], zeros where not `used`; balance [PK * DK] float32; signs [DK, DK] float16.
+    q [...] model dtype at offsets rows [MP], zeros where not `used`; balance [PK * DK] float32; hadamard [DK, DK]
+    float16.
     H = H_PK x H_DK: a product with the matrix of signs for each plane, the query's upper and lower bits apart, then a
     butterfly over the planes.
     """
     dk, pair = tl.arange(0, DK), tl.arange(0, DK // 2)
-    low = tl.load(signs + of_half(pair, 0)[:, None] * DK + dk[None, :])
-    high = tl.load(signs + of_half(pair, 1)[:, None] * DK + dk[None, :])
+    low = tl.load(hadamard + of_half(pair, 0)[:, None] * DK + dk[None, :])
+    high = tl.load(hadamard + of_half(pair, 1)[:, None] * DK + dk[None, :])
     y, z = (), ()
     for i in tl.static_range(PK):
         x = tl.load(q + rows[None, :] + i * DK + dk[:, None], mask=used[None, :], other=0.0).to(tl.float32)

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {"positions": "*i64", "records": "*u8", "tail": "*u8", "lengths": "*i64", "before": "*i64",
             "balance": "*fp32", "extent": "*i32", "mask": "*u8", "partial": "*fp16", "sums": "*fp32", "sinks": "*fp32",
-            "hadamard": "*fp16", "signs": "*fp16",
+            "hadamard": "*fp16",
             **dict.fromkeys(("q", "k", "v", "q_out", "k_out", "v_out", "out", "like", "angles"), "*bf16"),
             "cache": "*u8", **dict.fromkeys(("table", "starts", "ends", "offsets"), "*i32")}
 

@@ -10,14 +10,19 @@ from kvarn.spec import PRESETS
 def launches(dim: int, capability: int) -> dict:
     """name -> (kernel, constexprs, num_warps, num_stages, maxnreg, types that differ), as configs.py has them."""
     layout = PagedLayout(PRESETS["k4v2_g128"], dim, torch.bfloat16)
-    combined = {"PAGED": True, "SINKS": True, "MP": 8, "Q": dim // 4, "S": dim // 2, "BLOCK": 16384 // dim}
+    combined = {"PAGED": True, "SINKS": True, "MP": 8, "Q": dim // 4, "S": dim // 2}
+
+    def combine_of(parts):
+        block, warps = configs.combine(parts, dim)
+        return combine.combine_parts, combined | {"BLOCK": block}, warps, 3, None, {}
+
     return {
         "decode": tiles(layout, 8, capability),
         "masked": tiles(layout, 8, capability, MASKED=True),
         "paged": tiles(layout, 8, capability, PAGED=True),
         "verify": tiles(layout, 16, capability, PAGED=True, ROWS=True),
         "softcap": tiles(layout, 8, capability, PAGED=True, SOFTCAP=True),
-        "combine": (combine.combine_parts, combined, 4, 3, None, {}),
+        "combine": combine_of(99), "combine_some": combine_of(16), "combine_few": combine_of(4),
     }
 
 

@@ -12,6 +12,7 @@ CASES = {"sm_80": ["fill-128", "pages-128", "decode-128", "masked-128", "paged-1
          "sm_100": ["fill-128", "pages-128", "decode-128", "masked-128", "paged-128", "chunk-128"],
          "sm_90": ["fill-128", "fill-64", "fill-256", "pages-128", "rope_pages-128", "rope_heads-128",
                    "write-128", "raw_write-128", "unpack-128", "paged_unpack-128", "combine-128",
+                   "combine_some-128", "combine_few-128", "combine_few-256",
                    "decode-128", "masked-128", "paged-128", "verify-128", "softcap-128", "decode-64",
                    "masked-64", "paged-64", "decode-256",
                    "chunk-64", "chunk-128", "chunk_bias-128", "chunk_turns-128", "chunk-256",
@@ -22,8 +23,8 @@ SEAMS = 64
 """Bytes of stack that these may keep while they are not in a loop over tiles: with as many registers as they want,
 fewer programs fit a processor, and that is slower (docs/kernels.md)."""
 WITHOUT_MATRICES = ("extent", "raw", "rope_heads", "sights", "lists")
-STACK = {("sm_80", "fill-128"): 304, ("sm_80", "pages-128"): 312, ("sm_90", "fill-128"): 304, ("sm_90", "fill-256"): 48,
-         ("sm_90", "pages-128"): 200, ("sm_90", "decode-256"): 88,
+STACK = {("sm_80", "fill-128"): 304, ("sm_80", "pages-128"): 312, ("sm_90", "fill-128"): 312, ("sm_90", "fill-256"): 48,
+         ("sm_90", "pages-128"): 224, ("sm_90", "decode-256"): 88,
          ("sm_90", "chunk-256"): 112, ("sm_100", "chunk-128"): 48,
          ("sm_100", "fill-128"): 432, ("sm_100", "pages-128"): 416,
          **{("sm_100", f"{name}-128"): 112 for name in ("decode", "masked", "paged")}}
