@@ -80,11 +80,16 @@ def paged_store(store: PackedCache, tokens: int, spare: int = 0) -> tuple[torch.
     return cache, table, layout
 
 
+def where() -> dict[str, str]:
+    """What each row says of its measurement: the card, versions, date and commit."""
+    return {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+            "date": datetime.date.today().isoformat(), "commit": commit()}
+
+
 def write_rows(name: str, rows: list[dict]) -> None:
-    """Append rows to results/<name>.csv, each with the card, versions, date and commit."""
-    where = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-             "date": datetime.date.today().isoformat(), "commit": commit()}
-    append(RESULTS / f"{name}.csv", [row | where for row in rows])
+    """Append rows to results/<name>.csv, each with where()."""
+    here = where()
+    append(RESULTS / f"{name}.csv", [row | here for row in rows])
 
 
 def show(row: dict) -> None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rows import RESULTS, append, commit
+from rows import RESULTS, append
 
 STALLS = {"memory_pct": "stall_long_sb", "shared_pct": "stall_short_sb", "fixed_pct": "stall_wait",
           "issued_pct": "stall_selected", "barrier_pct": "stall_barrier", "not_chosen_pct": "stall_not_selected",
@@ -60,16 +60,6 @@ def summed(view: str) -> dict[str, float]:
             | {column: total(metric) for column, metric in SUMS.items()})
 
 
-def here() -> dict[str, str]:
-    import datetime
-
-    import torch
-    import triton
-
-    return {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-            "date": datetime.date.today().isoformat(), "commit": commit()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workload")
@@ -78,11 +68,16 @@ def main() -> None:
     for name in told:
         parser.add_argument(f"--{name}")
     args = parser.parse_args()
-    where = here() if args.saved is None else {name: getattr(args, name) for name in told}
-    if None in where.values():
+    if args.saved is None:
+        from common import where
+
+        view, here = profiled(args.workload), where()
+    else:
+        view, here = saved(args.saved), {name: getattr(args, name) for name in told}
+    if None in here.values():
         parser.error("--saved needs --card, --torch, --triton, --date and --commit: where and of what it was taken")
-    found = summed(profiled(args.workload) if args.saved is None else saved(args.saved))
-    append(RESULTS / "stalls.csv", [{"workload": args.workload, **found, **where}])
+    found = summed(view)
+    append(RESULTS / "stalls.csv", [{"workload": args.workload, **found, **here}])
     print(found)
 
 

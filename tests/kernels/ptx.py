@@ -1,4 +1,4 @@
-"""Inline assembly in Triton's interpreter: the few PTX instructions that a decode uses, on arrays of registers.
+"""Inline assembly in Triton's interpreter: the few PTX instructions that kernels use, on arrays of registers.
 
 A thread's `pack` elements are taken to be neighbours along the last axis, as an operand's layout has them on a GPU.
 """
@@ -13,7 +13,6 @@ def create_inline_asm(self, assembly, constraints, values, types, is_pure, pack)
     """What the interpreter's builder lacks (InterpreterBuilder.create_inline_asm)."""
     from triton.runtime.interpreter import TensorHandle
 
-    assert is_pure
     shape = values[0].data.shape
     inputs = [lane for value in values for lane in registers(value.data, pack)]
     outputs = constraints.count("=")

@@ -1,4 +1,4 @@
-"""A decode with inline assembly gives what it gives without. A GPU runs the assembly; here an emulation of its few
+"""Kernels with inline assembly give what they give without. A GPU runs the assembly; here an emulation of its few
 instructions does (ptx.py), so that a wrong mask, shift or order of registers is seen without one.
 """
 
@@ -6,10 +6,10 @@ import numpy as np
 import ptx
 import pytest
 import torch
-from stores import DEVICE, error
+from stores import DEVICE, error, tokens, twins, write
 from test_decode_paged import Step
 
-from kvarn import decode_cuda
+from kvarn import cuda, decode_cuda
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the instructions themselves")
 
@@ -46,6 +46,16 @@ def test_a_step_by_assembly_is_the_step(assembled, monkeypatch, request, preset,
     assert error(by_assembly, step.run().double()) < 1e-3
     assert not assembled
     assert error(by_assembly, step.expected()) < 3e-3
+
+
+def test_a_tile_rounded_by_assembly_has_the_same_bytes(assembled, monkeypatch):
+    stores = [twins("k4v2_g64", 1, 2, 200, 64, torch.float16)[1] for _ in range(2)]
+    for store, level in zip(stores, (1, 0), strict=True):
+        assembled.clear()
+        monkeypatch.setattr(cuda, "assembly", lambda device, level=level: level)
+        write(None, store, *tokens(1, 2, 150, 64, torch.float16, 0), torch.arange(150))
+        assert assembled == ({"mov.b32"} if level else set())
+    assert stores[0].records.any() and stores[0].records.equal(stores[1].records)
 
 
 def test_a_wrong_instruction_is_seen(assembled, monkeypatch):

@@ -28,8 +28,8 @@ STACK = {("sm_80", "fill-128"): 304, ("sm_80", "pages-128"): 312, ("sm_90", "fil
          ("sm_90", "chunk-256"): 112, ("sm_100", "chunk-128"): 48,
          ("sm_100", "fill-128"): 432, ("sm_100", "pages-128"): 416,
          **{("sm_100", f"{name}-128"): 112 for name in ("decode", "masked", "paged")}}
-"""Bytes of stack: of the programs that round tiles, of which more fit a processor that way (configs.fill); of
-a chunk's between its loops, at head_dim 256 and on sm_100."""
+"""Bytes of stack, the greater of Triton 3.6's and 3.7's: of the programs that round tiles, of which more fit a
+processor that way (configs.fill); of decode's seams and a chunk's between loops, at head_dim 256 and on sm_100."""
 LOOPED = {"sm_100": 8}
 """Instructions in a loop over tiles that reach for the stack, where no such GPU was there to measure registers on."""
 
