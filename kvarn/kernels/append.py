@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvarn.kernels.quarters import finite4, load_rows, select
+from kvarn.kernels.quarters import finite_rows, load_rows, select
 from kvarn.kernels.record import decode_keys, decode_values
 from kvarn.kernels.rotation import rotate, rotate_scaled
 from kvarn.kernels.tail import write_tail
@@ -51,7 +51,7 @@ def open_tile(
             x = load_rows(k + b * k_b + h * k_h, k_t, row, natural, fresh, Q)
             x = rotate_scaled(x, balance + h * 4 * Q, natural, Q)
             y = rotate(load_rows(v + b * v_b + h * v_h, v_t, row, natural, fresh, Q), natural, Q)
-            x, y = finite4(x, 1)[0], finite4(y, 1)[0]
+            x, y = finite_rows(x), finite_rows(y)
             if not held:
                 kept = decode_keys(rec, tok, natural, ~fresh, Q, KB, E, VW, K_CODES, SCALARS, CHANNEL, TOKEN, EXACT,
                                    EXACT_AT)
@@ -91,7 +91,7 @@ def write_token(
             x = rotate((x[0].to(tl.float32) * s[0], x[1].to(tl.float32) * s[1], x[2].to(tl.float32) * s[2],
                         x[3].to(tl.float32) * s[3]), natural, Q)
             y = rotate(load_rows(v + b * v_b, v_h, head, natural, some, Q), natural, Q)
-            write_tail(tail + (b * heads + head) * TAIL, finite4(x, 1)[0], finite4(y, 1)[0], slot, some, Q, VW, WORDS,
+            write_tail(tail + (b * heads + head) * TAIL, finite_rows(x), finite_rows(y), slot, some, Q, VW, WORDS,
                        K_SCALE, V_SCALE)
         tl.store(lengths + b, position + 1)
 

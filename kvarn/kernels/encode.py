@@ -11,8 +11,19 @@ import triton
 import triton.language as tl
 
 from kvarn.kernels.bits import at_nearest, exchanged, from_e4m3, half_bits, half_pair, half_upward, number_at, to_e4m3
-from kvarn.kernels.quarters import folded, joined, parted, spread
+from kvarn.kernels.quarters import parted
 from kvarn.kernels.record import store_plane
+from kvarn.kernels.sums import (
+    a_thread_each,
+    by_column,
+    by_warp,
+    channel_sum,
+    extremes,
+    flat_channels,
+    folded,
+    token_sum,
+    tokens,
+)
 from kvarn.kernels.tail import scale_of, word_code
 
 _STEP2 = tl.constexpr(0.9957)
@@ -20,13 +31,13 @@ _STEP4 = tl.constexpr(0.3352)
 
 
 @triton.jit
-def find_exact(norm, G: tl.constexpr, E: tl.constexpr):
+def find_exact(norm, G: tl.constexpr, Q: tl.constexpr, E: tl.constexpr):
     """Choose a tile's exact tokens by their values' squared lengths `norm` [G].
 
     Of equals the first: a length, never negative, orders as its bits do, and the token stands below them. The next
     round sees the one found as the greatest. Returns which columns they are, [G], and the tokens, a tuple.
     """
-    tok = exchanged(tl.arange(0, G))
+    tok = tokens(G, Q // 8)
     left = (norm.to(tl.int32, bitcast=True).to(tl.int64) << 32) | tok
     exact, found = tok < 0, ()
     for _ in tl.static_range(E):
@@ -37,13 +48,12 @@ def find_exact(norm, G: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
-def exact_columns(x, found, finite, G: tl.constexpr, Q: tl.constexpr, E: tl.constexpr):
+def exact_columns(x, found, readable, G: tl.constexpr, Q: tl.constexpr, E: tl.constexpr):
     """The columns of a tile x of the tokens that find_exact found: a tuple of [D], channels as flat_channels."""
     out = ()
     for e in tl.static_range(E):
         hit = (exchanged(tl.arange(0, G)) == found[e]).to(tl.float32)[None, :]
-        column = tl.sum(joined((x[0] * hit, x[1] * hit, x[2] * hit, x[3] * hit)), axis=1)
-        out = out + (spread(column, finite, 4 * Q),)
+        out = out + (channel_sum((x[0] * hit, x[1] * hit, x[2] * hit, x[3] * hit), readable, Q // 8),)
     return out
 
 
@@ -64,26 +74,25 @@ def write_exact(rec, found, k, v, Q: tl.constexpr, E: tl.constexpr, VW: tl.const
 
 
 @triton.jit
-def encode_values(rec, v, norm, exact, finite, G: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr,
+def encode_values(rec, v, norm, exact, readable, G: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr,
                   V_CODES: tl.constexpr, SCALARS: tl.constexpr, W: tl.constexpr, M: tl.constexpr):
     """Write a tile's v_codes, units and m: v finite, of squared lengths `norm` [G], tokens `exact` [G] of no scale.
 
     Returns the upper half of the token words [G] int32.
     """
     half: tl.constexpr = (2**BITS - 1) / 2
-    m_bits = to_e4m3(mean_direction(v, norm, finite, Q))
+    m_bits = to_e4m3(mean_direction(v, norm, readable, Q))
     tl.store(rec + M + flat_channels(Q), m_bits.to(tl.uint8))
     m = from_e4m3(m_bits)
-    m_length = tl.maximum(tl.sum(m * m, axis=0), 1e-30)
     m = parted(tl.reshape(m, (Q, 2, 2)))
-    along = folded(v[0] * m[0][:, None]) + folded(v[1] * m[1][:, None])
-    along += folded(v[2] * m[2][:, None]) + folded(v[3] * m[3][:, None])
-    along = spread(tl.sum(along, axis=0), finite, 4 * Q)
+    m_length = tl.maximum(tl.sum(m[0] * m[0] + m[1] * m[1] + m[2] * m[2] + m[3] * m[3], axis=0), 1e-30)
+    along = v[0] * m[0][:, None], v[1] * m[1][:, None], v[2] * m[2][:, None], v[3] * m[3][:, None]
+    along = token_sum(along, readable, Q // 8)
     w, w_unit = over_unit(tl.where(exact, 0.0, along / m_length))
     w_bits = to_e4m3(w)
     w = from_e4m3(w_bits) * w_unit
-    rate = value_rate(v, w, m, norm, along, m_length, Q, BITS)[None, :]
-    w = w[None, :]
+    rate = by_column(value_rate(v, w, m, norm, along, m_length, Q, BITS), Q // 8)[None, :]
+    w = by_column(w, Q // 8)[None, :]
     product, length = tl.zeros((8, G), tl.float32), tl.zeros((8, G), tl.float32)
     out = rec + V_CODES + exchanged(tl.arange(0, Q))[:, None] * G + tl.arange(0, G)[None, :]
     packed = ()
@@ -94,19 +103,19 @@ def encode_values(rec, v, norm, exact, finite, G: tl.constexpr, Q: tl.constexpr,
         code = at_nearest(tl.minimum(tl.maximum(z * rate + 0.5, 0.0), 1.0) * (2.0 * half))
         product += folded(z * (number_at(code) - half))
         packed = store_plane(out, packed, code.to(tl.int32, bitcast=True), i, Q * G, BITS)
-    length, product = tl.split(tl.reshape(spread(tl.sum(tl.join(length, product), axis=0), finite, 4 * Q), (G, 2)))
+    length, product = token_sum((length,), readable, Q // 8), token_sum((product,), readable, Q // 8)
     vt, vt_unit = over_unit(tl.where(exact, 0.0, length / tl.maximum(product, 1e-30)))
     tl.store((rec + SCALARS).to(tl.pointer_type(tl.float32)), vt_unit)
     tl.store((rec + SCALARS).to(tl.pointer_type(tl.float32)) + 1, w_unit)
     if BITS > 2:
-        tl.store(rec + W + exchanged(tl.arange(0, G)), w_bits.to(tl.uint8))
+        tl.store(rec + W + tokens(G, Q // 8), w_bits.to(tl.uint8))
         return half_bits(vt) << 16
     else:
         return (to_e4m3(vt) << 16) | (w_bits << 24)
 
 
 @triton.jit
-def encode_keys(rec, k, norm, words, exact, finite, G: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr,
+def encode_keys(rec, k, norm, words, exact, readable, G: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr,
                 K_CODES: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr):
     """Write a tile's k_codes, channel and token words, of which encode_values gave the upper halves `words` [G]: k
     finite, of squared lengths `norm` [G], tokens `exact` [G] outside the ranges and of codes 0: a clamp takes their NaN
@@ -117,11 +126,12 @@ def encode_keys(rec, k, norm, words, exact, finite, G: tl.constexpr, Q: tl.const
     mean = norm / (4 * Q)
     kt_bits = half_bits(tl.minimum(mean * tl.rsqrt(tl.maximum(mean, 1e-37)), 65504.0))
     kt = half_pair(kt_bits)[0].to(tl.float32)
-    inverse = tl.where(exact, float("nan"), 1.0 / tl.where(kt > 0, kt, 1.0))[None, :]
-    token = (rec + TOKEN).to(tl.pointer_type(tl.int32)) + tok
+    inverse = a_thread_each(tl.where(exact, float("nan"), 1.0 / tl.where(kt > 0, kt, 1.0)), readable)
+    inverse = by_column(inverse, Q // 8)[None, :]
+    token = (rec + TOKEN).to(tl.pointer_type(tl.int32)) + tokens(G, Q // 8)
     tl.store(token, tl.where(exact, 0x8000, kt_bits) | words)
     k = k[0] * inverse, k[1] * inverse, k[2] * inverse, k[3] * inverse
-    low, high = extremes(k, finite, Q, G)
+    low, high = extremes(k, readable, Q // 8)
     kz = low.to(tl.float16)
     low = kz.to(tl.float32)
     ks = half_upward(tl.maximum(high - low, 0.0) / top)
@@ -129,7 +139,9 @@ def encode_keys(rec, k, norm, words, exact, finite, G: tl.constexpr, Q: tl.const
     tl.store((rec + CHANNEL).to(tl.pointer_type(tl.int32)) + flat_channels(Q), word)
     step = tl.rsqrt(tl.maximum(ks.to(tl.float32), 1e-30) * top)
     step *= step  # half the instructions of a division
-    start, step = parted(tl.reshape(low * step, (Q, 2, 2))), parted(tl.reshape(step, (Q, 2, 2)))
+    # Without this, Triton would bring ks to every thread and make both there anew.
+    start, step = a_thread_each(low * step, readable), a_thread_each(step, readable)
+    start, step = parted(tl.reshape(start, (Q, 2, 2))), parted(tl.reshape(step, (Q, 2, 2)))
     out, packed = rec + K_CODES + tok[None, :] * (Q * BITS // 2) + tl.arange(0, Q)[:, None], ()
     for i in tl.static_range(4):
         code = tl.minimum(tl.maximum(k[i] * step[i][:, None] - start[i][:, None], 0.0), 1.0)
@@ -137,34 +149,13 @@ def encode_keys(rec, k, norm, words, exact, finite, G: tl.constexpr, Q: tl.const
 
 
 @triton.jit
-def flat_channels(Q: tl.constexpr):
-    """The channels [D] of what is made of a tile's rows by `joined` and `spread`."""
-    at = tl.arange(0, 4 * Q)
-    return (at & 3) * Q + exchanged(at >> 2)
-
-
-@triton.jit
-def extremes(k, finite, Q: tl.constexpr, G: tl.constexpr):
-    """Least and greatest over the tokens of k of those that are numbers: [D] each, channels as flat_channels. First
-    over the tokens that one thread holds.
-    """
-    low, high = (), ()
-    for i in tl.static_range(4):
-        u = tl.reshape(k[i], (Q, G // 32, 16, 2))
-        low = low + (tl.min(tl.min(u, axis=3), axis=1),)
-        high = high + (tl.max(tl.max(u, axis=3), axis=1),)
-    both = tl.join(tl.min(joined(low), axis=1), tl.max(joined(high), axis=1))
-    return tl.split(tl.reshape(spread(both, finite, 4 * Q), (4 * Q, 2)))
-
-
-@triton.jit
-def mean_direction(v, norm, finite, Q: tl.constexpr):
+def mean_direction(v, norm, readable, Q: tl.constexpr):
     """Mean over tokens of the unit vectors of v, scaled so that its largest magnitude is e4m3's: [D], channels as
     flat_channels.
     """
-    weight = tl.rsqrt(tl.maximum(norm, 1e-37))[None, :]
-    m = tl.sum(joined((v[0] * weight, v[1] * weight, v[2] * weight, v[3] * weight)), axis=1)
-    return over_unit(spread(m, finite, 4 * Q))[0]
+    weight = by_column(tl.rsqrt(tl.maximum(norm, 1e-37)), Q // 8)[None, :]
+    m = channel_sum((v[0] * weight, v[1] * weight, v[2] * weight, v[3] * weight), readable, Q // 8)
+    return over_unit(m)[0]
 
 
 @triton.jit
@@ -178,10 +169,11 @@ def over_unit(x):
 def value_rate(v, w, m, norm, along, m_length, Q: tl.constexpr, BITS: tl.constexpr):
     """One over the rounding step of each token [G]; `along` is <V, m>, `m_length` <m, m>, `norm` <V, V>."""
     if BITS == 8:
-        top = tl.abs(v[0] - w[None, :] * m[0][:, None])
+        of_column = by_column(w, Q // 8)[None, :]
+        top = tl.abs(v[0] - of_column * m[0][:, None])
         for i in tl.static_range(1, 4):
-            top = tl.maximum(top, tl.abs(v[i] - w[None, :] * m[i][:, None]))
-        return 0.5 / tl.maximum(tl.max(top, axis=0), 1e-30)
+            top = tl.maximum(top, tl.abs(v[i] - of_column * m[i][:, None]))
+        return 0.5 / tl.maximum(by_warp(tl.max(top, axis=0), Q // 8), 1e-30)
     else:
         # <Z, Z> without making Z. Where V is nearly w m that is inexact, and there the step need not be exact.
         length = tl.maximum(norm - w * (2.0 * along - w * m_length), norm * 1e-6)

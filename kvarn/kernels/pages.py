@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from kvarn.kernels.quarters import finite4, load_at
+from kvarn.kernels.quarters import finite_rows, load_at
 from kvarn.kernels.rotation import rotate
 from kvarn.kernels.tail import write_tail
 
@@ -64,4 +64,4 @@ def write_pages(
     y = rotate(load_at(v + token * v_t + head * v_h, natural, mask, Q), natural, Q)
     slot = position % G
     page = page_of(cache, blocks, position // G, slot, mask, c_b, PAGE, SPARE) + head * c_h
-    write_tail(page, finite4(x, 1)[0], finite4(y, 1)[0], slot % PAGE, mask, Q, VW, WORDS, K_SCALE, V_SCALE)
+    write_tail(page, finite_rows(x), finite_rows(y), slot % PAGE, mask, Q, VW, WORDS, K_SCALE, V_SCALE)

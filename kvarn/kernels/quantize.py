@@ -9,9 +9,11 @@ import triton.language as tl
 from kvarn.kernels.bits import exchanged
 from kvarn.kernels.configs import ROWS_PER_LOOK
 from kvarn.kernels.encode import encode_keys, encode_values, exact_columns, find_exact, write_exact
-from kvarn.kernels.quarters import finite4, load_rows, select, spread, together
+from kvarn.kernels.flight import together
+from kvarn.kernels.quarters import load_rows, select
 from kvarn.kernels.record import decode_keys, decode_values
 from kvarn.kernels.rotation import rotate_across, rotate_scaled_across, turned
+from kvarn.kernels.sums import finite_tile
 from kvarn.kernels.tail import scaled, tail_keys, tail_values, write_tail
 
 
@@ -42,9 +44,8 @@ def round_values(
     """The values' part of a record, of y, a tile as encode.py has it: nothing of what reading its keys takes. Returns
     what round_keys needs.
     """
-    y, norm = finite4(y, 0)
-    norm = spread(norm, scale, 4 * Q)
-    exact, found = find_exact(norm, G, E)
+    y, norm = finite_tile(y, scale, Q // 8)
+    exact, found = find_exact(norm, G, Q, E)
     values = exact_columns(y, found, scale, G, Q, E)
     return values, encode_values(rec, y, norm, exact, scale, G, Q, VB, V_CODES, SCALARS, W, M), exact, found
 
@@ -56,9 +57,9 @@ def round_keys(
     EXACT: tl.constexpr, EXACT_AT: tl.constexpr,
 ):
     """The rest of a record, of its keys x, a tile as encode.py has it."""
-    x, norm = finite4(x, 0)
+    x, norm = finite_tile(x, scale, Q // 8)
     write_exact(rec, found, exact_columns(x, found, scale, G, Q, E), values, Q, E, VW, SCALARS, EXACT, EXACT_AT)
-    encode_keys(rec, x, spread(norm, scale, 4 * Q), words, exact, scale, G, Q, KB, K_CODES, CHANNEL, TOKEN)
+    encode_keys(rec, x, norm, words, exact, scale, G, Q, KB, K_CODES, CHANNEL, TOKEN)
 
 
 @triton.jit(do_not_specialize=["p_b", "n", "T"], do_not_specialize_on_alignment=["positions"])

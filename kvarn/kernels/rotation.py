@@ -60,10 +60,14 @@ def rotate_across(x, Q: tl.constexpr):
 
 @triton.jit
 def rotate_scaled_across(x, scale, Q: tl.constexpr):
-    """As rotate_across, channels first multiplied by the vector [D] float32 at `scale`."""
-    return unscaled_butterfly((across_times(x[0], scale, 0, "scaled", Q), across_times(x[1], scale + Q, 0, "scaled", Q),
-                               across_times(x[2], scale + 2 * Q, 0, "scaled", Q),
-                               across_times(x[3], scale + 3 * Q, 0, "scaled", Q)))
+    """As rotate_across, channels first multiplied by the vector [D] float32 at `scale`: often ones."""
+    if tl.min((tl.load(scale + tl.arange(0, 4 * Q)) == 1.0).to(tl.int32), axis=0) > 0:
+        y = rotate_across(x, Q)
+    else:
+        y = unscaled_butterfly((
+            across_times(x[0], scale, 0, "scaled", Q), across_times(x[1], scale + Q, 0, "scaled", Q),
+            across_times(x[2], scale + 2 * Q, 0, "scaled", Q), across_times(x[3], scale + 3 * Q, 0, "scaled", Q)))
+    return y
 
 
 @triton.jit

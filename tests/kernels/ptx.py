@@ -11,7 +11,7 @@ import torch
 
 def create_inline_asm(self, assembly, constraints, values, types, is_pure, pack):
     """What the interpreter's builder lacks (InterpreterBuilder.create_inline_asm)."""
-    from triton.runtime.interpreter import TensorHandle
+    from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 
     shape = values[0].data.shape
     inputs = [lane for value in values for lane in registers(value.data, pack)]
@@ -22,7 +22,7 @@ def create_inline_asm(self, assembly, constraints, values, types, is_pure, pack)
         element = getattr(ty, "element_ty", ty)
         count = max(1, pack * element.primitive_bitwidth // 32)
         lanes = np.stack([named[f"${at + i}"] for i in range(count)], -1)
-        data = lanes.view(f"f{element.primitive_bitwidth // 8}")
+        data = lanes.view(_get_np_dtype(element))
         results.append(TensorHandle(np.ascontiguousarray(data).reshape(shape), element))
         at += count
     assert at == outputs and len(inputs) == constraints.count(",") + 1 - outputs

@@ -23,13 +23,14 @@ SEAMS = 64
 """Bytes of stack that these may keep while they are not in a loop over tiles: with as many registers as they want,
 fewer programs fit a processor, and that is slower (docs/kernels.md)."""
 WITHOUT_MATRICES = ("extent", "raw", "rope_heads", "sights", "lists")
-STACK = {("sm_80", "fill-128"): 304, ("sm_80", "pages-128"): 312, ("sm_90", "fill-128"): 312, ("sm_90", "fill-256"): 48,
-         ("sm_90", "pages-128"): 224, ("sm_90", "decode-256"): 88,
-         ("sm_90", "chunk-256"): 112, ("sm_100", "chunk-128"): 48,
-         ("sm_100", "fill-128"): 432, ("sm_100", "pages-128"): 416,
+STACK = {("sm_80", "fill-128"): 392, ("sm_80", "pages-128"): 240, ("sm_90", "fill-128"): 472,
+         ("sm_90", "fill-256"): 280, ("sm_90", "pages-128"): 120, ("sm_90", "chunk-256"): 112,
+         ("sm_100", "chunk-128"): 48, ("sm_100", "fill-128"): 704, ("sm_100", "pages-128"): 384,
+         ("sm_90", "decode-256"): 88,
          **{("sm_100", f"{name}-128"): 112 for name in ("decode", "masked", "paged")}}
 """Bytes of stack, the greater of Triton 3.6's and 3.7's: of the programs that round tiles, of which more fit a
-processor that way (configs.fill); of decode's seams and a chunk's between loops, at head_dim 256 and on sm_100."""
+processor that way (configs.fill) and which keep a whole tile in registers; of a chunk's seams between loops, at
+head_dim 256 and on sm_100."""
 LOOPED = {"sm_100": 8}
 """Instructions in a loop over tiles that reach for the stack, where no such GPU was there to measure registers on."""
 
