@@ -10,7 +10,7 @@ from kvarn.kernels.rotation import signs
 from kvarn.kernels.sight import LOG2E
 
 
-@triton.jit(do_not_specialize=["sinks", "starts", "parts", "group", "n"])
+@triton.jit(do_not_specialize=["sinks", "starts", "parts", "n"])
 def combine_parts(
     partial,  # [B, H, P, MP, D] float16, store frame: attention of each part; zeros if it is empty
     sums,  # [B, H, P, 2, MP] float32: highest score of each part, its sum of 2^(score - highest)
@@ -18,16 +18,16 @@ def combine_parts(
     hadamard,  # [S, S] float16, +-1, S >= Q: the Sylvester-Hadamard matrix
     starts,  # [B + 1] int32: where a row's tokens start in out; unused if not paged
     out,  # [B, Hq, n, D] model dtype, plain frame, contiguous; paged: [tokens, Hq, D], any strides over both
-    o_b, o_h, o_n, parts, group, n,
-    PAGED: tl.constexpr, SINKS: tl.constexpr, MP: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
+    o_b, o_h, o_n, parts, n,
+    GROUP: tl.constexpr, PAGED: tl.constexpr, SINKS: tl.constexpr, MP: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (Hq, n, B). With w_s = sum_s 2^highest_s: out = (sum_s w_s partial[s] / (sum_s w_s + e^sink)) H; a query
     that sees nothing gets zeros, a token that a row does not have is not written.
     """
     hq, i, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row = i * group + hq % group
-    head = b * (tl.num_programs(0) // group) + hq // group
+    row = i * GROUP + hq % GROUP
+    head = b * (tl.num_programs(0) // GROUP) + hq // GROUP
     channel, column, four = tl.arange(0, 4 * Q), tl.arange(0, Q), tl.arange(0, 4)
     peak, total = float("-inf"), 0.0
     if SINKS:
@@ -69,5 +69,5 @@ def combine(partial: torch.Tensor, sums: torch.Tensor, sinks: torch.Tensor | Non
     rows, heads, parts, padded, dim = partial.shape
     combine_parts[(query_heads, n, rows)](
         partial, sums, sums if sinks is None else sinks, hadamard, sums if starts is None else starts, out, *strides,
-        parts, query_heads // heads, n, PAGED=starts is not None, SINKS=sinks is not None, MP=padded, Q=dim // 4,
+        parts, n, GROUP=query_heads // heads, PAGED=starts is not None, SINKS=sinks is not None, MP=padded, Q=dim // 4,
         S=hadamard.shape[0], BLOCK=block, num_warps=num_warps)

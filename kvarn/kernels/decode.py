@@ -8,7 +8,19 @@ import triton.language as tl
 
 from kvarn.kernels.bits import codes, e4m3_pair, from_e4m3, from_e4m3_bytes, half_pair, halves, of_half
 from kvarn.kernels.configs import DecodeConfig
-from kvarn.kernels.decode_parts import advance, attend_words, fold, from_codes, in_codes, of_lanes, of_warps, tile_at
+from kvarn.kernels.decode_parts import (
+    advance,
+    attend_words,
+    fold,
+    from_codes,
+    in_codes,
+    load_words,
+    of_lanes,
+    of_warps,
+    stacked,
+    tile_at,
+)
+from kvarn.kernels.flight import together
 from kvarn.kernels.query import query_planes
 from kvarn.kernels.sight import LOG2E, bias, soften
 
@@ -19,8 +31,8 @@ OPEN_TILES = tl.constexpr(2)
 """Closed tiles that take as long as the open one: what a row's first program has fewer of."""
 
 
-@triton.jit(do_not_specialize=["table", "starts", "lengths", "table_b", "m_b", "m_h", "m_n", "m_s", "T", "S", "group",
-                               "n", "blocks", "window"])
+@triton.jit(do_not_specialize=["table", "starts", "lengths", "table_b", "m_b", "m_h", "m_n", "m_s", "T", "S", "n",
+                               "window"])
 def decode_tiles(
     q,  # [B, Hq, n, D] model dtype, plain frame, any strides over tokens and heads; paged: [tokens, Hq, D]
     balance,  # [H, D] float32
@@ -34,21 +46,21 @@ def decode_tiles(
     mask,  # [B, Hq, n, S] uint8 or float, any strides; unused without MASKED
     partial,  # [B, H, splits, blocks * MP, D] float16, store frame, out: the part's attention, zeros if it is empty
     sums,  # [B, H, splits, 2, blocks * MP] float32, out: the part's highest score and its sum of 2^(score - highest)
-    q_b, q_n, q_h, r_t, r_h, table_b, m_b, m_h, m_n, m_s, T, S, group, n, blocks, window, scale, cap,
-    PAGED: tl.constexpr, PAGE: tl.constexpr, SPARE: tl.constexpr, MP: tl.constexpr, MASKED: tl.constexpr,
-    ADDITIVE: tl.constexpr, ROWS: tl.constexpr, SOFTCAP: tl.constexpr, ASM: tl.constexpr, OPEN: tl.constexpr,
-    STEP: tl.constexpr, WARPS: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
-    E: tl.constexpr, VW: tl.constexpr, RECORD: tl.constexpr, TAIL: tl.constexpr, K_CODES: tl.constexpr,
-    V_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr, W: tl.constexpr,
-    M: tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr, WORDS: tl.constexpr, K_SCALE: tl.constexpr,
-    V_SCALE: tl.constexpr,
+    q_b, q_n, q_h, r_t, r_h, table_b, m_b, m_h, m_n, m_s, T, S, n, blocks, window, scale, cap,
+    GROUP: tl.constexpr, PAGED: tl.constexpr, PAGE: tl.constexpr, SPARE: tl.constexpr, MP: tl.constexpr, MASKED:
+    tl.constexpr, ADDITIVE: tl.constexpr, ROWS: tl.constexpr, SOFTCAP: tl.constexpr, ASM: tl.constexpr, OPEN:
+    tl.constexpr, STEP: tl.constexpr, WARPS: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB:
+    tl.constexpr, E: tl.constexpr, VW: tl.constexpr, RECORD: tl.constexpr, TAIL: tl.constexpr, K_CODES: tl.constexpr,
+    V_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr, W: tl.constexpr, M:
+    tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr, WORDS: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE:
+    tl.constexpr,
 ):
     """Grid (splits, H * blocks, B). A program attends its share of a row's tiles; the first has the open one as well.
 
         scores = (codes (q * ks) + q . kz) * kt      out = codes (p * vt) - c * sum(p * vt) + m (p . w) + exact (p[at])
 
     (kvarn/closed.py). The last two terms and q . kz are gathered over BATCH tiles into one product each. Query
-    i * group + g of a group is token i of the step and query head g; MP of them make a block.
+    i * GROUP + g of a group is token i of the step and query head g; MP of them make a block.
     """
     split, h, b = tl.program_id(0), tl.program_id(1) // blocks, tl.program_id(2).to(tl.int64)
     splits = tl.num_programs(0)
@@ -95,9 +107,12 @@ def decode_tiles(
         tl.store(sums + (out * 2 + blocks * MP) + mp, 0.0)
         return
 
-    dk, dv = tl.arange(0, DK), tl.arange(0, DV)
-    qs = query_planes(q_at, (mp // group) * q_n + (mp % group + h * group) * q_h, mp < asked * group,
-                      balance + h * D, hadamard, scale * LOG2E, PK, DK, KB)
+    dk, dv, channel, row = tl.arange(0, DK), tl.arange(0, DV), tl.arange(0, D), tl.arange(0, BATCH)
+    places = tile_at(row + (begin + low), skip)
+    if PAGED:  # as early as can be: what a batch loads waits for it
+        places = tl.load(row_table + places, mask=row < high - low, other=0)
+    qs = query_planes(q_at, (mp // GROUP) * q_n + (mp % GROUP + h * GROUP) * q_h, mp < asked * GROUP,
+                      balance + h * D, hadamard, scale * LOG2E, PK, DK, KB, ASM)
     peak, total = tl.full([MP], float("-inf"), tl.float32), tl.zeros([16 * WARPS, MP], tl.float32)
     sum_pv = tl.zeros([16, MP], tl.float32)
     acc = ()
@@ -114,31 +129,36 @@ def decode_tiles(
                 home, slot = base + block.to(tl.int64) * r_t, slot % PAGE
             k_scale = tl.load((home + K_SCALE).to(tl.pointer_type(tl.float16)) + slot, mask=known, other=0.0)
             v_scale = tl.load((home + V_SCALE).to(tl.pointer_type(tl.float16)) + slot, mask=known, other=0.0)
-            shift = bias(mask, m_b, m_h, m_n, m_s, group, n, blocks, opened * G + part, tl.arange(0, OPEN), first, last,
+            shift = bias(mask, m_b, m_h, m_n, m_s, GROUP, n, blocks, opened * G + part, tl.arange(0, OPEN), first, last,
                          least, window, sparse, MP, MASKED, ADDITIVE, ROWS)
             words = (home + WORDS).to(tl.pointer_type(tl.int16)) + slot * D
-            peak, total, sum_pv, acc = attend_words(words, known, k_scale.to(tl.float32), v_scale.to(tl.float32), shift,
-                                                    qs, cap, peak, total, sum_pv, acc, SOFTCAP, ASM, DK, DV, KB, VW)
+            keys, values = load_words(words, known, (), (), PK, DK, PV, DV)
+            peak, total, sum_pv, acc = attend_words(
+                together(keys, ASM), together(values, ASM), known, k_scale.to(tl.float32), v_scale.to(tl.float32),
+                shift, qs, cap, peak, total, sum_pv, acc, SOFTCAP, ASM, WARPS, KB, VW)
     acc = in_codes(acc, VB)
 
     pair, dk_pair, step = tl.arange(0, STEP // 2), tl.arange(0, DK // 2), tl.arange(0, STEP)
     step = of_half(step % (STEP // 2), step // (STEP // 2))
     v_at = V_CODES // 2 + dv[:, None] * (G // 2) + pair[None, :]
-    row, warp_row = tl.arange(0, BATCH), tl.arange(0, BATCH * WARPS) % BATCH
+    warp_row = tl.arange(0, BATCH * WARPS) % BATCH
     ones = tl.full([16, STEP // 2], 1, tl.int16)
     for start in range(low, high, BATCH):
         tiles = tile_at(begin + start + row, skip)
         stop = tl.minimum(start + BATCH, high)
         some = row < stop - start
-        places = tl.load(row_table + tiles, mask=some, other=0) if PAGED else tiles
         recs = base + places.to(tl.int64) * r_t
         units = tl.load((recs + SCALARS).to(tl.pointer_type(tl.float32)), mask=some, other=0.0)
-        zero = tl.zeros([BATCH, MP], tl.float32)
+        zero, channels = tl.zeros([BATCH, MP], tl.float32), ()
+        for i in tl.static_range(PK):
+            channels = channels + (tl.load((recs[:, None] + CHANNEL).to(tl.pointer_type(tl.int32)) + i * DK
+                                           + dk[None, :], mask=some[:, None], other=0),)
+        channels, kz = together(channels, ASM), ()
+        for i in tl.static_range(PK):
+            kz = kz + halves(half_pair(channels[i])[1])
+        kz = together(kz, ASM)
         for i in tl.static_range(PK - 1, -1, -1):  # each plane of qs is 2^KB less than the one before
-            channels = tl.load((recs[:, None] + CHANNEL).to(tl.pointer_type(tl.int32)) + i * DK + dk[None, :],
-                               mask=some[:, None], other=0)
-            kz_low, kz_high = halves(half_pair(channels)[1])
-            zero = tl.dot(kz_high, qs[1][i], tl.dot(kz_low, qs[0][i], zero * 2.0**KB))
+            zero = tl.dot(kz[2 * i + 1], qs[1][i], tl.dot(kz[2 * i], qs[0][i], zero * 2.0**KB))
         zero *= 2.0**-24
         pw = tl.zeros([BATCH * WARPS, MP], tl.float32)
         zeros = tl.sum(tl.where((row == 0)[:, None], zero, 0.0), axis=0)[None, :]
@@ -164,9 +184,9 @@ def decode_tiles(
                 s += tl.where(word & 0x8000 != 0, float("-inf"), 0.0)[:, None]
             pos = tile * G + c
             if (pos < plain_first) | (pos + STEP > plain_last) | (sparse != 0):
-                s += bias(mask, m_b, m_h, m_n, m_s, group, n, blocks, pos, step, first, last, least, window, sparse, MP,
+                s += bias(mask, m_b, m_h, m_n, m_s, GROUP, n, blocks, pos, step, first, last, least, window, sparse, MP,
                           MASKED, ADDITIVE, ROWS)
-            peak, safe, alpha = advance(peak, s)
+            peak, safe, alpha = advance(peak, s, WARPS)
             p = tl.exp2(s - safe[None, :])
             if VB > 2:
                 vt = half_pair(word)[1].to(tl.float32) * unit
@@ -188,31 +208,42 @@ def decode_tiles(
             pw = pw * alpha[None, :] + tl.where((warp_row == t - start)[:, None], mine, 0.0)
             zeros = tl.sum(tl.where((row == (part + 1) // STEPS - start)[:, None], zero, 0.0), axis=0)[None, :]
         w_unit = tl.load((recs + SCALARS).to(tl.pointer_type(tl.float32)) + 1, mask=some, other=0.0)
-        pw = tl.sum(tl.reshape(pw, (WARPS, BATCH, MP)), axis=0) * 2.0**-8
-        ranks, acc = from_codes(acc, VB), ()
+        m, exact_at, scales, keys, values = (), (), (), (), ()
         for i in tl.static_range(PV):
-            m = tl.load(recs[None, :] + M + (i * DV + dv)[:, None], mask=some[None, :], other=0)
-            m = from_e4m3_bytes(m, ASM) * (256.0 * w_unit)[None, :]
-            acc = acc + (tl.dot(m.to(tl.float16), pw.to(tl.float16), ranks[i]),)
+            m = m + (tl.load(recs[None, :] + M + (i * DV + dv)[:, None], mask=some[None, :], other=0),)
         for e in tl.static_range(E):
-            at = tl.load(recs + EXACT_AT + e, mask=some, other=0).to(tl.int32)
+            exact_at = exact_at + (tl.load(recs + EXACT_AT + e, mask=some, other=0),)
             scalars = (recs + SCALARS).to(tl.pointer_type(tl.float32)) + 2 + 2 * e
-            shift = bias(mask, m_b, m_h, m_n, m_s, group, n, blocks, 0, (tiles * G + at).to(tl.int64), first, last,
-                         least, window, sparse, MP, MASKED, ADDITIVE, ROWS)
+            scales = scales + (tl.load(scalars, mask=some, other=0.0), tl.load(scalars + 1, mask=some, other=0.0))
+            words = (recs + EXACT).to(tl.pointer_type(tl.int16)) + e * D
+            keys, values = load_words(words, some, keys, values, PK, DK, PV, DV)
+        places = tile_at(row + (begin + start + BATCH), skip)
+        if PAGED:
+            places = tl.load(row_table + places, mask=row < high - start - BATCH, other=0)
+        m = together(m, ASM)
+        if E > 0:
+            keys, values = together(keys, ASM), together(values, ASM)
+        pw = tl.sum(tl.reshape(pw, (WARPS, BATCH, MP)), axis=0) * 2.0**-8
+        ranks, acc, means = from_codes(acc, VB), (), ()
+        for i in tl.static_range(PV):
+            means = means + ((from_e4m3_bytes(m[i], ASM) * (256.0 * w_unit)[None, :]).to(tl.float16),)
+        means = together(means, ASM)
+        for i in tl.static_range(PV):
+            acc = acc + (tl.dot(means[i], pw.to(tl.float16), ranks[i]),)
+        for e in tl.static_range(E):
+            shift = bias(mask, m_b, m_h, m_n, m_s, GROUP, n, blocks, 0, (tiles * G + exact_at[e]).to(tl.int64), first,
+                         last, least, window, sparse, MP, MASKED, ADDITIVE, ROWS)
             peak, total, sum_pv, acc = attend_words(
-                (recs + EXACT).to(tl.pointer_type(tl.int16)) + e * D, some, tl.load(scalars, mask=some, other=0.0),
-                tl.load(scalars + 1, mask=some, other=0.0), shift, qs, cap, peak, total, sum_pv, acc, SOFTCAP, ASM, DK,
-                DV, KB, VW)
+                keys[e * PK:(e + 1) * PK], values[e * PV:(e + 1) * PV], some, scales[2 * e], scales[2 * e + 1], shift,
+                qs, cap, peak, total, sum_pv, acc, SOFTCAP, ASM, WARPS, KB, VW)
         acc = in_codes(acc, VB)
 
     total = tl.sum(total, axis=0)
     center = tl.max(sum_pv, axis=0) * (2.0**24 * (2**VB - 1) / 2)
     inverse = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-    acc = from_codes(acc, VB)
-    for i in tl.static_range(PV):
-        x = (acc[i] - center[None, :]) * inverse[None, :]
-        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
-        tl.store(partial + (out + mp)[None, :] * D + i * DV + dv[:, None], x, mask=(mp < n * group)[None, :])
+    x = (stacked(from_codes(acc, VB)) - center[None, :]) * inverse[None, :]
+    x = tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
+    tl.store(partial + (out + mp)[None, :] * D + channel[:, None], x, mask=(mp < n * GROUP)[None, :])
     tl.store(sums + out * 2 + mp, peak)
     tl.store(sums + (out * 2 + blocks * MP) + mp, total)
 
@@ -229,8 +260,8 @@ def decode(q: torch.Tensor, balance: torch.Tensor, hadamard: torch.Tensor, recor
     m_strides = (0, 0, 0, 0) if mask is None else mask.stride()
     decode_tiles[(splits, heads * blocks, rows)](
         q, balance, hadamard, records, tail, table, starts, lengths, extent, extent if mask is None else mask, partial,
-        sums, *strides, table.stride(0), *m_strides, tiles, kv_len, group, n, blocks, window, scale, cap * LOG2E.value,
-        PAGED=paged, PAGE=page, SPARE=spare, MP=config.block, MASKED=mask is not None,
+        sums, *strides, table.stride(0), *m_strides, tiles, kv_len, n, blocks, window, scale, cap * LOG2E.value,
+        GROUP=group, PAGED=paged, PAGE=page, SPARE=spare, MP=config.block, MASKED=mask is not None,
         ADDITIVE=mask is not None and mask.is_floating_point(), ROWS=rows_differ, SOFTCAP=cap > 0, ASM=asm,
         OPEN=max(16, config.step // 4), STEP=config.step, WARPS=config.num_warps, **offsets,
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg)

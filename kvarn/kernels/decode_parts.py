@@ -9,13 +9,24 @@ import triton
 import triton.language as tl
 
 from kvarn.kernels.bits import CODE_UNIT, halves
+from kvarn.kernels.flight import together
 from kvarn.kernels.sight import soften
 
 
 @triton.jit
-def advance(peak, s):
-    """A softmax's peak [MP] moved on by scores s [R, MP]: the new one, it without infinity, the factor for old sums."""
-    new = tl.maximum(peak, tl.max(s, axis=0))
+def advance(peak, s, WARPS: tl.constexpr):
+    """A softmax's peak [MP] moved on by scores s [R, MP]: the new one, it without infinity, the factor for old sums.
+
+    Each of two warps finds its own highest score first. Of these a thread then takes both: to split a dimension needs
+    it in one thread, so that they are exchanged once; a maximum over warps would be exchanged and brought back.
+    """
+    if WARPS == 2 and s.shape[0] > 16:
+        high = tl.max(tl.reshape(s, (s.shape[0] // 32, 2, 16, s.shape[1])), axis=0)
+        low, high = tl.split(tl.trans(tl.max(high, axis=1)))
+        high = tl.maximum(low, high)
+    else:
+        high = tl.max(s, axis=0)
+    new = tl.maximum(peak, high)
     safe = tl.where(new == float("-inf"), 0.0, new)
     return new, safe, tl.exp2(peak - safe)
 
@@ -99,51 +110,65 @@ def word_field(word, SHIFT: tl.constexpr, FIELD: tl.constexpr, ASM: tl.constexpr
 
 
 @triton.jit
-def word_scores(words, seen, qs, DK: tl.constexpr, KB: tl.constexpr, VW: tl.constexpr, ASM: tl.constexpr):
-    """Keys of tokens at int16 pointers words [R], without their scale, times the query planes: [R, MP]."""
-    dk = tl.arange(0, DK)
-    s = tl.zeros([words.shape[0], qs[0][0].shape[1]], tl.float32)
-    for i in tl.static_range(len(qs[0]) - 1, -1, -1):  # each plane of qs is 2^KB less than the one before
-        low, high = halves(tl.load(words[:, None] + i * DK + dk[None, :], mask=seen[:, None], other=0))
-        s = tl.dot(word_field(low, VW, 16 - VW, ASM), qs[0][i], s * 2.0**KB)
-        s = tl.dot(word_field(high, VW, 16 - VW, ASM), qs[1][i], s)
+def load_words(words, seen, keys, values, PK: tl.constexpr, DK: tl.constexpr, PV: tl.constexpr, DV: tl.constexpr):
+    """Tokens at int16 pointers words [R]: PK planes [R, DK] to take keys from, PV planes [DV, R] to take values from,
+    behind those of the tuples keys and values.
+    """
+    dk, dv = tl.arange(0, DK), tl.arange(0, DV)
+    for i in tl.static_range(PK):
+        keys = keys + (tl.load(words[:, None] + i * DK + dk[None, :], mask=seen[:, None], other=0),)
+    for i in tl.static_range(PV):
+        values = values + (tl.load(words[None, :] + (i * DV + dv)[:, None], mask=seen[None, :], other=0),)
+    return keys, values
+
+
+@triton.jit
+def word_scores(words, qs, KB: tl.constexpr, VW: tl.constexpr, ASM: tl.constexpr):
+    """Keys in planes of words [R, DK], without their scale, times the query planes: [R, MP]."""
+    s = tl.zeros([words[0].shape[0], qs[0][0].shape[1]], tl.float32)
+    fields = ()
+    for i in tl.static_range(len(words)):
+        low, high = halves(words[i])
+        fields = fields + (word_field(low, VW, 16 - VW, ASM), word_field(high, VW, 16 - VW, ASM))
+    fields = together(fields, ASM)
+    for i in tl.static_range(len(words) - 1, -1, -1):  # each plane of qs is 2^KB less than the one before
+        s = tl.dot(fields[2 * i], qs[0][i], s * 2.0**KB)
+        s = tl.dot(fields[2 * i + 1], qs[1][i], s)
     return s * 2.0 ** (KB - 8)
 
 
 @triton.jit
-def word_values(words, seen, p, acc, DV: tl.constexpr, VW: tl.constexpr, ASM: tl.constexpr):
-    """Values of tokens at words [R], without their scale, times p [R, MP] float16, onto the planes acc."""
-    dv = tl.arange(0, DV)
-    new = ()
-    for i in tl.static_range(len(acc)):
-        value = tl.load(words[None, :] + (i * DV + dv)[:, None], mask=seen[None, :], other=0)
-        new = new + (tl.dot(word_field(value, 0, VW, ASM), p, acc[i]),)
-    return new
+def attend_words(keys, values, seen, k_scale, v_scale, shift, qs, cap, peak, total, sum_pv, acc, SOFTCAP: tl.constexpr,
+                 ASM: tl.constexpr, WARPS: tl.constexpr, KB: tl.constexpr, VW: tl.constexpr):
+    """Attention over tokens held as words (load_words) onto what there is; acc in plain units.
 
-
-@triton.jit
-def attend_words(words, seen, k_scale, v_scale, shift, qs, cap, peak, total, sum_pv, acc, SOFTCAP: tl.constexpr,
-                 ASM: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, KB: tl.constexpr, VW: tl.constexpr):
-    """Attention over tokens held as words, one at each of the pointers [R], onto what there is; acc in plain units.
-
-    What lies where none is `seen` is never looked at; shift is added to the scores.
+    What lies where none is `seen` [R] is never looked at; shift is added to the scores.
     """
-    s = soften(word_scores(words, seen, qs, DK, KB, VW, ASM) * k_scale[:, None], cap, SOFTCAP) + shift
+    s = soften(word_scores(keys, qs, KB, VW, ASM) * k_scale[:, None], cap, SOFTCAP) + shift
     s = tl.where(seen[:, None], s, float("-inf"))
-    peak, safe, alpha = advance(peak, s)
+    peak, safe, alpha = advance(peak, s, WARPS)
     p = tl.exp2(s - safe[None, :])
     total = total * alpha[None, :] + (tl.sum(p, axis=0) * (1.0 / total.shape[0]))[None, :]
-    acc = word_values(words, seen, (p * v_scale[:, None]).to(tl.float16), scaled(acc, alpha), DV, VW, ASM)
-    return peak, total, sum_pv * alpha[None, :], acc
+    p, new, fields = (p * v_scale[:, None]).to(tl.float16), (), ()
+    for i in tl.static_range(len(values)):
+        fields = fields + (word_field(values[i], 0, VW, ASM),)
+    fields = together(fields, ASM)
+    for i in tl.static_range(len(values)):
+        new = new + (tl.dot(fields[i], p, acc[i] * alpha[None, :]),)
+    return peak, total, sum_pv * alpha[None, :], new
 
 
 @triton.jit
-def scaled(planes, factor):
-    """Planes [DV, MP] times factor [MP]."""
-    new = ()
-    for i in tl.static_range(len(planes)):
-        new = new + (planes[i] * factor[None, :],)
-    return new
+def stacked(planes):
+    """Planes [DV, MP], one, two or four, as one [D, MP]: what was in a thread stays there."""
+    if len(planes) == 1:
+        return planes[0]
+    else:
+        if len(planes) == 2:
+            x = tl.permute(tl.join(planes[0], planes[1]), (2, 0, 1))
+        else:
+            x = tl.permute(tl.join(tl.join(planes[0], planes[2]), tl.join(planes[1], planes[3])), (2, 3, 0, 1))
+        return tl.reshape(x, (len(planes) * planes[0].shape[0], planes[0].shape[1]))
 
 
 @triton.jit

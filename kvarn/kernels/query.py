@@ -6,10 +6,12 @@ import triton
 import triton.language as tl
 
 from kvarn.kernels.bits import of_half
+from kvarn.kernels.flight import together
 
 
 @triton.jit
-def query_planes(q, rows, used, balance, hadamard, scale, PK: tl.constexpr, DK: tl.constexpr, KB: tl.constexpr):
+def query_planes(q, rows, used, balance, hadamard, scale, PK: tl.constexpr, DK: tl.constexpr, KB: tl.constexpr,
+                 ASM: tl.constexpr):
     """(q / balance) H * scale, transposed: of the channels of lower bytes, then of those of upper ones (bits.of_half),
     PK planes [DK / 2, MP] float16, plane i times 2^(8 - KB - i KB) (decode.py).
 
@@ -21,15 +23,22 @@ def query_planes(q, rows, used, balance, hadamard, scale, PK: tl.constexpr, DK: 
     dk, pair = tl.arange(0, DK), tl.arange(0, DK // 2)
     low = tl.load(hadamard + of_half(pair, 0)[:, None] * DK + dk[None, :])
     high = tl.load(hadamard + of_half(pair, 1)[:, None] * DK + dk[None, :])
-    y, z = (), ()
+    x, scales, y, z = (), (), (), ()
     for i in tl.static_range(PK):
-        x = tl.load(q + rows[None, :] + i * DK + dk[:, None], mask=used[None, :], other=0.0).to(tl.float32)
-        factor = (scale * (PK * DK) ** -0.5) / tl.load(balance + i * DK + dk)
-        x = x * factor[:, None]
-        upper = x.to(tl.float16)
-        lower = (x - upper.to(tl.float32)).to(tl.float16)
-        y = y + (tl.dot(low, upper, tl.dot(low, lower)),)
-        z = z + (tl.dot(high, upper, tl.dot(high, lower)),)
+        x = x + (tl.load(q + rows[None, :] + i * DK + dk[:, None], mask=used[None, :], other=0.0),)
+        scales = scales + (tl.load(balance + i * DK + dk),)
+    low, high = together((low, high), ASM)
+    x, scales = together(x, ASM), together(scales, ASM)
+    parts = ()
+    for i in tl.static_range(PK):
+        factor = (scale * (PK * DK) ** -0.5) / scales[i]
+        part = x[i].to(tl.float32) * factor[:, None]
+        upper = part.to(tl.float16)
+        parts = parts + (upper, (part - upper.to(tl.float32)).to(tl.float16))
+    parts = together(parts, ASM)
+    for i in tl.static_range(PK):
+        y = y + (tl.dot(low, parts[2 * i], tl.dot(low, parts[2 * i + 1])),)
+        z = z + (tl.dot(high, parts[2 * i], tl.dot(high, parts[2 * i + 1])),)
     return mixed(y, PK, KB), mixed(z, PK, KB)
 
 

@@ -10,7 +10,7 @@ from kvarn.spec import PRESETS
 def launches(dim: int, capability: int) -> dict:
     """name -> (kernel, constexprs, num_warps, num_stages, maxnreg, types that differ), as configs.py has them."""
     layout = PagedLayout(PRESETS["k4v2_g128"], dim, torch.bfloat16)
-    combined = {"PAGED": True, "SINKS": True, "MP": 8, "Q": dim // 4, "S": dim // 2}
+    combined = {"GROUP": 8, "PAGED": True, "SINKS": True, "MP": 8, "Q": dim // 4, "S": dim // 2}
 
     def combine_of(parts):
         block, warps = configs.combine(parts, dim)
@@ -30,8 +30,8 @@ def tiles(layout: PagedLayout, queries: int, capability: int, **flags: bool) -> 
     """decode_tiles for `queries` query rows; flags that are not given are False."""
     config = configs.decode(32, 8, 128, queries, layout, 132)
     flags = dict.fromkeys(("PAGED", "MASKED", "ADDITIVE", "ROWS", "SOFTCAP"), False) | flags
-    constants = {"PAGE": layout.page, "SPARE": layout.spare, "MP": config.block, "ASM": 1 + (capability >= 89),
-                 "OPEN": max(16, config.step // 4), "STEP": config.step, "WARPS": config.num_warps,
-                 **flags, **configs.offsets(layout)}
+    constants = {"blocks": 1, "GROUP": 8, "PAGE": layout.page, "SPARE": layout.spare, "MP": config.block,
+                 "ASM": 1 + (capability >= 89), "OPEN": max(16, config.step // 4), "STEP": config.step,
+                 "WARPS": config.num_warps, **flags, **configs.offsets(layout)}
     types = {"lengths": "*i32"} if flags["PAGED"] else {}
     return decode.decode_tiles, constants, config.num_warps, config.num_stages, config.maxnreg, types

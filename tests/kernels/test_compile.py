@@ -25,9 +25,7 @@ fewer programs fit a processor, and that is slower (docs/kernels.md)."""
 WITHOUT_MATRICES = ("extent", "raw", "rope_heads", "sights", "lists")
 STACK = {("sm_80", "fill-128"): 392, ("sm_80", "pages-128"): 240, ("sm_90", "fill-128"): 472,
          ("sm_90", "fill-256"): 280, ("sm_90", "pages-128"): 120, ("sm_90", "chunk-256"): 112,
-         ("sm_100", "chunk-128"): 48, ("sm_100", "fill-128"): 704, ("sm_100", "pages-128"): 384,
-         ("sm_90", "decode-256"): 88,
-         **{("sm_100", f"{name}-128"): 112 for name in ("decode", "masked", "paged")}}
+         ("sm_100", "chunk-128"): 48, ("sm_100", "fill-128"): 704, ("sm_100", "pages-128"): 384}
 """Bytes of stack, the greater of Triton 3.6's and 3.7's: of the programs that round tiles, of which more fit a
 processor that way (configs.fill) and which keep a whole tile in registers; of a chunk's seams between loops, at
 head_dim 256 and on sm_100."""
