@@ -53,6 +53,8 @@ def summed(view: str) -> dict[str, float]:
     lines = list(csv.DictReader(io.StringIO(view[start:])))
 
     def total(column: str) -> float:
+        if column == SUMS["spill_sectors"] and column not in lines[0]:
+            return 0.0  # what Nsight Compute leaves out if nothing is spilled
         return sum(float(line[column] or 0) for line in lines)
 
     samples = total("# Samples")

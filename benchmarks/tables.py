@@ -24,8 +24,9 @@ COLUMNS = {
     "counters": ("workload", "us", "registers", "resident_warps", "issue_busy_pct", "eligible_warps", "dram_pct",
                  "l2_pct", "l1_pct", "alu_pct", "tensor_pct", "wait_memory", "wait_shared", "wait_fixed",
                  "wait_barrier"),
-    "stalls": ("workload", "memory_pct", "shared_pct", "fixed_pct", "issued_pct", "barrier_pct", "not_chosen_pct",
-               "instructions", "global_sectors", "spill_sectors", "shared_wavefronts", "shared_ideal"),
+    "stalls": ("workload", "commit", "memory_pct", "shared_pct", "fixed_pct", "issued_pct",
+               "barrier_pct", "not_chosen_pct", "instructions", "global_sectors", "spill_sectors",
+               "shared_wavefronts", "shared_ideal"),
     "machine_code": ("kernel", "target", "warps", "registers", "programs_a_processor", "stack", "matrix",
                      "instructions"),
 }

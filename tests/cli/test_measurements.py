@@ -55,3 +55,10 @@ def test_a_view_of_instructions_is_summed(monkeypatch):
     assert (found["shared_wavefronts"], found["shared_ideal"]) == (8, 2)
     with pytest.raises(ValueError, match="Address"):
         stalls.summed("==ERROR== no counters")
+
+
+def test_a_view_without_spills_has_no_column_of_them(monkeypatch):
+    stalls = module(BENCHMARKS / "stalls.py", monkeypatch)
+    assert stalls.summed(VIEW.replace("L2 Theoretical Sectors Local", "other"))["spill_sectors"] == 0
+    with pytest.raises(KeyError):
+        stalls.summed(VIEW.replace("stall_wait", "other"))
