@@ -67,8 +67,8 @@ def decode(rows: int, heads: int, tiles: int, queries: int, layout: StoreLayout,
     """The decode configuration for `rows` x `heads` KV heads of up to `tiles` tiles and `queries` query rows each.
 
     168 registers are three warps for each of a processor's four schedulers instead of two: what a warp waits for, the
-    others work through, and that is worth a few spilled words at the seams (none in the loop over tiles). One warp has
-    no other to wait for, but at head_dim 128 no room for its accumulators either.
+    others work through, and that is worth a few spilled words at the seams (none in the loop over tiles, by the default
+    preset). One warp has no other to wait for, but at head_dim 128 no room for its accumulators either.
 
     Codes leave the first operand's registers as the older matrix instructions have them: with four warps, sixteen query
     rows would make Triton take others (a warp group's), where they would be wrong.
@@ -103,8 +103,9 @@ def combine(parts: int, head_dim: int) -> tuple[int, int]:
 
 
 def fill(head_dim: int, group: int, capability: int) -> tuple[int, int | None]:
-    """Warps and register limit of the kernels that round whole tiles: at head_dim 128 a few registers too little, so
-    that three programs run at once and not two; at 64 two warps need no limit to be as fast as four with one.
+    """Warps and register limit of the kernels that round whole tiles: at head_dim 128 too few registers for a tile and
+    what is made of it, so that three programs run at once and not two; at 64 two warps need no limit to be as fast as
+    four with one.
 
     At most one warp for 16 tokens: with more, warps would have no tokens of their own (rotation.across_times).
     """

@@ -14,6 +14,7 @@ from kvarn.kernels.decode_parts import (
     fold,
     from_codes,
     in_codes,
+    load_exact,
     load_words,
     of_lanes,
     of_warps,
@@ -47,13 +48,13 @@ def decode_tiles(
     partial,  # [B, H, splits, blocks * MP, D] float16, store frame, out: the part's attention, zeros if it is empty
     sums,  # [B, H, splits, 2, blocks * MP] float32, out: the part's highest score and its sum of 2^(score - highest)
     q_b, q_n, q_h, r_t, r_h, table_b, m_b, m_h, m_n, m_s, T, S, n, blocks, window, scale, cap,
-    GROUP: tl.constexpr, PAGED: tl.constexpr, PAGE: tl.constexpr, SPARE: tl.constexpr, MP: tl.constexpr, MASKED:
-    tl.constexpr, ADDITIVE: tl.constexpr, ROWS: tl.constexpr, SOFTCAP: tl.constexpr, ASM: tl.constexpr, OPEN:
-    tl.constexpr, STEP: tl.constexpr, WARPS: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr, VB:
-    tl.constexpr, E: tl.constexpr, VW: tl.constexpr, RECORD: tl.constexpr, TAIL: tl.constexpr, K_CODES: tl.constexpr,
-    V_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr, W: tl.constexpr, M:
-    tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr, WORDS: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE:
-    tl.constexpr,
+    GROUP: tl.constexpr, PAGED: tl.constexpr, PAGE: tl.constexpr, SPARE: tl.constexpr, MP: tl.constexpr,
+    MASKED: tl.constexpr, ADDITIVE: tl.constexpr, ROWS: tl.constexpr, SOFTCAP: tl.constexpr, ASM: tl.constexpr,
+    OPEN: tl.constexpr, STEP: tl.constexpr, WARPS: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, KB: tl.constexpr,
+    VB: tl.constexpr, E: tl.constexpr, VW: tl.constexpr, RECORD: tl.constexpr, TAIL: tl.constexpr,
+    K_CODES: tl.constexpr, V_CODES: tl.constexpr, SCALARS: tl.constexpr, CHANNEL: tl.constexpr, TOKEN: tl.constexpr,
+    W: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr, WORDS: tl.constexpr,
+    K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
 ):
     """Grid (splits, H * blocks, B). A program attends its share of a row's tiles; the first has the open one as well.
 
@@ -132,7 +133,7 @@ def decode_tiles(
             shift = bias(mask, m_b, m_h, m_n, m_s, GROUP, n, blocks, opened * G + part, tl.arange(0, OPEN), first, last,
                          least, window, sparse, MP, MASKED, ADDITIVE, ROWS)
             words = (home + WORDS).to(tl.pointer_type(tl.int16)) + slot * D
-            keys, values = load_words(words, known, (), (), PK, DK, PV, DV)
+            keys, values = load_words(words, known, PK, DK, PV, DV)
             peak, total, sum_pv, acc = attend_words(
                 together(keys, ASM), together(values, ASM), known, k_scale.to(tl.float32), v_scale.to(tl.float32),
                 shift, qs, cap, peak, total, sum_pv, acc, SOFTCAP, ASM, WARPS, KB, VW)
@@ -208,15 +209,11 @@ def decode_tiles(
             pw = pw * alpha[None, :] + tl.where((warp_row == t - start)[:, None], mine, 0.0)
             zeros = tl.sum(tl.where((row == (part + 1) // STEPS - start)[:, None], zero, 0.0), axis=0)[None, :]
         w_unit = tl.load((recs + SCALARS).to(tl.pointer_type(tl.float32)) + 1, mask=some, other=0.0)
-        m, exact_at, scales, keys, values = (), (), (), (), ()
+        m = ()
         for i in tl.static_range(PV):
             m = m + (tl.load(recs[None, :] + M + (i * DV + dv)[:, None], mask=some[None, :], other=0),)
-        for e in tl.static_range(E):
-            exact_at = exact_at + (tl.load(recs + EXACT_AT + e, mask=some, other=0),)
-            scalars = (recs + SCALARS).to(tl.pointer_type(tl.float32)) + 2 + 2 * e
-            scales = scales + (tl.load(scalars, mask=some, other=0.0), tl.load(scalars + 1, mask=some, other=0.0))
-            words = (recs + EXACT).to(tl.pointer_type(tl.int16)) + e * D
-            keys, values = load_words(words, some, keys, values, PK, DK, PV, DV)
+        if E > 0:
+            at, k_scale, v_scale, keys, values = load_exact(recs, some, 0, PK, DK, PV, DV, SCALARS, EXACT, EXACT_AT)
         places = tile_at(row + (begin + start + BATCH), skip)
         if PAGED:
             places = tl.load(row_table + places, mask=row < high - start - BATCH, other=0)
@@ -231,11 +228,13 @@ def decode_tiles(
         for i in tl.static_range(PV):
             acc = acc + (tl.dot(means[i], pw.to(tl.float16), ranks[i]),)
         for e in tl.static_range(E):
-            shift = bias(mask, m_b, m_h, m_n, m_s, GROUP, n, blocks, 0, (tiles * G + exact_at[e]).to(tl.int64), first,
-                         last, least, window, sparse, MP, MASKED, ADDITIVE, ROWS)
-            peak, total, sum_pv, acc = attend_words(
-                keys[e * PK:(e + 1) * PK], values[e * PV:(e + 1) * PV], some, scales[2 * e], scales[2 * e + 1], shift,
-                qs, cap, peak, total, sum_pv, acc, SOFTCAP, ASM, WARPS, KB, VW)
+            if e > 0:  # the first of each tile came with m
+                at, k_scale, v_scale, keys, values = load_exact(recs, some, e, PK, DK, PV, DV, SCALARS, EXACT, EXACT_AT)
+                keys, values = together(keys, ASM), together(values, ASM)
+            shift = bias(mask, m_b, m_h, m_n, m_s, GROUP, n, blocks, 0, (tiles * G + at).to(tl.int64), first, last,
+                         least, window, sparse, MP, MASKED, ADDITIVE, ROWS)
+            peak, total, sum_pv, acc = attend_words(keys, values, some, k_scale, v_scale, shift, qs, cap, peak, total,
+                                                    sum_pv, acc, SOFTCAP, ASM, WARPS, KB, VW)
         acc = in_codes(acc, VB)
 
     total = tl.sum(total, axis=0)

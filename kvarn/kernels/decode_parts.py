@@ -110,16 +110,28 @@ def word_field(word, SHIFT: tl.constexpr, FIELD: tl.constexpr, ASM: tl.constexpr
 
 
 @triton.jit
-def load_words(words, seen, keys, values, PK: tl.constexpr, DK: tl.constexpr, PV: tl.constexpr, DV: tl.constexpr):
-    """Tokens at int16 pointers words [R]: PK planes [R, DK] to take keys from, PV planes [DV, R] to take values from,
-    behind those of the tuples keys and values.
-    """
+def load_words(words, seen, PK: tl.constexpr, DK: tl.constexpr, PV: tl.constexpr, DV: tl.constexpr):
+    """Tokens at int16 pointers words [R]: PK planes [R, DK] to take keys from, PV planes [DV, R] for values."""
     dk, dv = tl.arange(0, DK), tl.arange(0, DV)
+    keys, values = (), ()
     for i in tl.static_range(PK):
         keys = keys + (tl.load(words[:, None] + i * DK + dk[None, :], mask=seen[:, None], other=0),)
     for i in tl.static_range(PV):
         values = values + (tl.load(words[None, :] + (i * DV + dv)[:, None], mask=seen[None, :], other=0),)
     return keys, values
+
+
+@triton.jit
+def load_exact(recs, some, e: tl.constexpr, PK: tl.constexpr, DK: tl.constexpr, PV: tl.constexpr, DV: tl.constexpr,
+               SCALARS: tl.constexpr, EXACT: tl.constexpr, EXACT_AT: tl.constexpr):
+    """The e-th exact token of each record at recs [R]: where it is in its tile, its key's and its value's scale, [R]
+    each, and its words as load_words has them.
+    """
+    scales = (recs + SCALARS).to(tl.pointer_type(tl.float32)) + 2 + 2 * e
+    words = (recs + EXACT).to(tl.pointer_type(tl.int16)) + e * (PK * DK)
+    keys, values = load_words(words, some, PK, DK, PV, DV)
+    return (tl.load(recs + EXACT_AT + e, mask=some, other=0).to(tl.int32), tl.load(scales, mask=some, other=0.0),
+            tl.load(scales + 1, mask=some, other=0.0), keys, values)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """A tile to its record inside kernels. The formulas are kvarn/closed.py's; record.py is the way back.
 
 A tile comes as four quarters [Q, G] of channels by tokens, both in `exchanged` order: packed bytes are then contiguous.
-Of a matrix product's result a thread holds few tokens of few channels, so that neither what is done once for a token
-nor what is done once for a channel is done by many; and all channels of a token lie in one warp.
+All channels of a token lie in one warp. Numbers [G] of tokens are by_warp and numbers [D] of channels as flat_channels
+(sums.py), until they meet the tile again: by_column, or parted into its quarters.
 """
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false  (Triton's jit is untyped)
@@ -35,7 +35,7 @@ def find_exact(norm, G: tl.constexpr, Q: tl.constexpr, E: tl.constexpr):
     """Choose a tile's exact tokens by their values' squared lengths `norm` [G].
 
     Of equals the first: a length, never negative, orders as its bits do, and the token stands below them. The next
-    round sees the one found as the greatest. Returns which columns they are, [G], and the tokens, a tuple.
+    round sees the one found as the greatest. Returns which they are, [G], and the tokens, a tuple.
     """
     tok = tokens(G, Q // 8)
     left = (norm.to(tl.int32, bitcast=True).to(tl.int64) << 32) | tok

@@ -24,11 +24,11 @@ def _types(count: int, dtype: tl.dtype) -> tuple:
 
 @triton.jit
 def together(x, ASM: tl.constexpr):
-    """A tuple of tensors of one shape and type as it is, but none is used before all are there; nor, if they are
-    loaded, before the loads above here are on their way.
+    """A tuple of tensors of one shape and type, of at most 32 bits, as it is, but none is used before all are there;
+    nor, if they are loaded, before the loads above here are on their way.
 
     Triton stores what becomes a matrix product's operand to shared memory where it is loaded or made, and reads it back
-    at once: a wait for memory, or two barriers, for each. With this between it is one for all. The inline assembly does
+    at once: a wait for memory, or two barriers, for each. With this between they are for all. The inline assembly does
     nothing, to all of them at once; were it pure, Triton would move it to where they are used.
     """
     count: tl.constexpr = len(x)

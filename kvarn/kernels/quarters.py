@@ -1,4 +1,4 @@
-"""A tile held as four quarters [R, D / 4] inside kernels: loading, choosing, cleaning."""
+"""A tile held as four quarters [R, D / 4] inside kernels: loading, joining, choosing, cleaning."""
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false  (Triton's jit is untyped)
 
@@ -10,7 +10,7 @@ from kvarn.kernels.bits import finite
 
 @triton.jit
 def joined(x):
-    """Four tensors [...] as one [..., 2, 2]: one reduction, and one exchange between warps, instead of four."""
+    """Four tensors [...] as one [..., 2, 2], the i-th at i // 2, i % 2: what was in a thread stays there."""
     return tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3]))
 
 

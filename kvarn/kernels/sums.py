@@ -2,12 +2,12 @@
 
 A tile is four quarters [Q, G] of channels by tokens in the layout of a matrix product's result: of `exchanged` tokens a
 warp has eight in turn, a thread two of these. A thread first sums what it has itself. Then rows of what is left go
-through shared memory, each to one thread, and its sum needs no exchange. By Triton's own reduction every thread
-exchanges with others in its warp, then with those of other warps, and in the end all have the result and would all go
-on with it.
+through shared memory, each to one thread, whose sum needs no exchange (or to two neighbours, where a row is longer than
+16 numbers or there are more threads than rows). By Triton's own reduction every thread exchanges with others in its
+warp, then with those of other warps, and in the end all have the result and would all go on with it.
 
 W is the number of warps that share a tile's tokens, as configs.fill has it: one for every eight channels of a quarter.
-With another number of warps the results are the same, but rows are shared out among warps.
+With another number of warps the results are the same but for the order of sums, and rows are shared out among warps.
 """
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false  (Triton's jit is untyped)
@@ -21,7 +21,7 @@ from kvarn.kernels.quarters import joined
 
 @triton.jit
 def a_thread_each(x, readable):
-    """x [N] or [N, P] as it is, but a row is one thread's; `readable` points at 256 bytes of any content.
+    """x [N] or [N, P] as it is, but a row is one thread's (or two's); `readable` points at 256 bytes of any content.
 
     A load has a layout of its own, without copies, and Triton keeps to it in what is made of the load. In the end
     nothing is loaded: a byte times zero is zero, as the compiler behind Triton knows.
@@ -35,7 +35,7 @@ def a_thread_each(x, readable):
 
 @triton.jit
 def by_warp(x, W: tl.constexpr):
-    """Numbers x [..., G] of a tile's tokens as [G, ...], those of one of its W warps together."""
+    """Numbers x [G] or [P, G] of a tile's tokens as [G] or [G, P], those of one of its W warps together."""
     G: tl.constexpr = x.shape[len(x.shape) - 1]
     if len(x.shape) == 1:
         return tl.reshape(tl.permute(tl.reshape(x, (G // (8 * W), W, 8)), (1, 0, 2)), (G,))
@@ -72,7 +72,7 @@ def folded(x):
 
 @triton.jit
 def token_sum(x, readable, W: tl.constexpr):
-    """[G] by_warp: x summed over channels, of four quarters [Q, G] or what is `folded`, [8, G]."""
+    """[G] by_warp: x summed over channels: four quarters [Q, G], or a tuple of what of them is `folded`, [8, G]."""
     if len(x) == 4:
         Q: tl.constexpr = x[0].shape[0]
         G: tl.constexpr = x[0].shape[1]
