@@ -28,9 +28,15 @@ SUMS = {"instructions": "Instructions Executed", "global_sectors": "L2 Theoretic
 
 
 def profiled(name: str) -> str:
-    """The view of one launch of a workload of counters.py."""
+    """The view of one launch of a workload of counters.py.
+
+    Raises:
+        ValueError: if there is no such workload.
+    """
     from counters import WORKLOADS
 
+    if name not in WORKLOADS:
+        raise ValueError(f"workload {name!r}; valid: {', '.join(WORKLOADS)}")
     child = [sys.executable, str(Path(__file__).with_name("counters.py")), name]
     command = ["ncu", "--csv", "--page", "source", "--clock-control", "none", "--section", "SourceCounters", "-k",
                f"regex:{WORKLOADS[name][0]}", "-s", "2", "-c", "1", *child]
@@ -48,9 +54,10 @@ def summed(view: str) -> dict[str, float]:
         ValueError: if the text has no table of instructions.
     """
     start = view.find('"Address"')
-    if start < 0:
-        raise ValueError("no line begins with \"Address\"; valid: the output of ncu --csv --page source")
-    lines = list(csv.DictReader(io.StringIO(view[start:])))
+    lines = list(csv.DictReader(io.StringIO(view[start:]))) if start >= 0 else []
+    if not lines:
+        raise ValueError("no instruction below a line that begins with \"Address\"; valid: the output of ncu --csv "
+                         "--page source")
 
     def total(column: str) -> float:
         if column == SUMS["spill_sectors"] and column not in lines[0]:

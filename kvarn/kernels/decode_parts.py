@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from kvarn.kernels.bits import CODE_UNIT, halves
-from kvarn.kernels.flight import together
+from kvarn.kernels.flight import registers, together, types
+from kvarn.kernels.quarters import joined
 from kvarn.kernels.sight import soften
 
 
@@ -55,22 +56,12 @@ def _products(count: int) -> str:
     return "".join(f"mul.rn.f16x2 ${i}, ${count + i}, ${2 * count + i}; " for i in range(count))
 
 
-@triton.constexpr_function
-def _registers(count: int) -> str:
-    return ",".join(["=&r"] * count + ["r"] * 2 * count)
-
-
-@triton.constexpr_function
-def _float16s(count: int) -> tuple:
-    return (tl.float16,) * count
-
-
 @triton.jit
 def fold(qs, ks, ASM: tl.constexpr):
     """The query's planes of halves times ks, a tuple of planes [DK]: lower and upper half of each plane in turn.
 
-    The inline assembly makes all of them at once, because Triton stores what becomes a matrix product's operand where
-    it is made, and reads it back at once: one after the other that would be two barriers each.
+    The inline assembly makes all of them at once, for the reason flight.together has; with that instead, the loop over
+    tiles is a few instructions longer.
     """
     x, y = (), ()
     for i in tl.static_range(len(ks)):
@@ -79,8 +70,8 @@ def fold(qs, ks, ASM: tl.constexpr):
         y = y + (tl.broadcast_to(low[:, None], qs[0][i].shape), tl.broadcast_to(high[:, None], qs[1][i].shape))
     count: tl.constexpr = len(x)
     if ASM:
-        return tl.inline_asm_elementwise(_products(count), _registers(count), x + y, dtype=_float16s(count),
-                                         is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(_products(count), registers(count, 2 * count, tl.float16), x + y,
+                                         dtype=types(count, tl.float16), is_pure=True, pack=2)
     else:
         out = ()
         for i in tl.static_range(count):
@@ -179,7 +170,7 @@ def stacked(planes):
         if len(planes) == 2:
             x = tl.permute(tl.join(planes[0], planes[1]), (2, 0, 1))
         else:
-            x = tl.permute(tl.join(tl.join(planes[0], planes[2]), tl.join(planes[1], planes[3])), (2, 3, 0, 1))
+            x = tl.permute(joined(planes), (2, 3, 0, 1))
         return tl.reshape(x, (len(planes) * planes[0].shape[0], planes[0].shape[1]))
 
 

@@ -21,6 +21,7 @@ from kvarn.kernels.sums import (
     extremes,
     flat_channels,
     folded,
+    folded4,
     token_sum,
     tokens,
 )
@@ -37,7 +38,7 @@ def find_exact(norm, G: tl.constexpr, Q: tl.constexpr, E: tl.constexpr):
     Of equals the first: a length, never negative, orders as its bits do, and the token stands below them. The next
     round sees the one found as the greatest. Returns which they are, [G], and the tokens, a tuple.
     """
-    tok = tokens(G, Q // 8)
+    tok = tokens(G, Q)
     left = (norm.to(tl.int32, bitcast=True).to(tl.int64) << 32) | tok
     exact, found = tok < 0, ()
     for _ in tl.static_range(E):
@@ -53,7 +54,7 @@ def exact_columns(x, found, readable, G: tl.constexpr, Q: tl.constexpr, E: tl.co
     out = ()
     for e in tl.static_range(E):
         hit = (exchanged(tl.arange(0, G)) == found[e]).to(tl.float32)[None, :]
-        out = out + (channel_sum((x[0] * hit, x[1] * hit, x[2] * hit, x[3] * hit), readable, Q // 8),)
+        out = out + (channel_sum((x[0] * hit, x[1] * hit, x[2] * hit, x[3] * hit), readable),)
     return out
 
 
@@ -87,12 +88,12 @@ def encode_values(rec, v, norm, exact, readable, G: tl.constexpr, Q: tl.constexp
     m = parted(tl.reshape(m, (Q, 2, 2)))
     m_length = tl.maximum(tl.sum(m[0] * m[0] + m[1] * m[1] + m[2] * m[2] + m[3] * m[3], axis=0), 1e-30)
     along = v[0] * m[0][:, None], v[1] * m[1][:, None], v[2] * m[2][:, None], v[3] * m[3][:, None]
-    along = token_sum(along, readable, Q // 8)
+    along = token_sum(folded4(along), readable, Q)
     w, w_unit = over_unit(tl.where(exact, 0.0, along / m_length))
     w_bits = to_e4m3(w)
     w = from_e4m3(w_bits) * w_unit
-    rate = by_column(value_rate(v, w, m, norm, along, m_length, Q, BITS), Q // 8)[None, :]
-    w = by_column(w, Q // 8)[None, :]
+    rate = by_column(value_rate(v, w, m, norm, along, m_length, Q, BITS), Q)[None, :]
+    w = by_column(w, Q)[None, :]
     product, length = tl.zeros((8, G), tl.float32), tl.zeros((8, G), tl.float32)
     out = rec + V_CODES + exchanged(tl.arange(0, Q))[:, None] * G + tl.arange(0, G)[None, :]
     packed = ()
@@ -103,12 +104,12 @@ def encode_values(rec, v, norm, exact, readable, G: tl.constexpr, Q: tl.constexp
         code = at_nearest(tl.minimum(tl.maximum(z * rate + 0.5, 0.0), 1.0) * (2.0 * half))
         product += folded(z * (number_at(code) - half))
         packed = store_plane(out, packed, code.to(tl.int32, bitcast=True), i, Q * G, BITS)
-    length, product = token_sum((length,), readable, Q // 8), token_sum((product,), readable, Q // 8)
+    length, product = token_sum(length, readable, Q), token_sum(product, readable, Q)
     vt, vt_unit = over_unit(tl.where(exact, 0.0, length / tl.maximum(product, 1e-30)))
     tl.store((rec + SCALARS).to(tl.pointer_type(tl.float32)), vt_unit)
     tl.store((rec + SCALARS).to(tl.pointer_type(tl.float32)) + 1, w_unit)
     if BITS > 2:
-        tl.store(rec + W + tokens(G, Q // 8), w_bits.to(tl.uint8))
+        tl.store(rec + W + tokens(G, Q), w_bits.to(tl.uint8))
         return half_bits(vt) << 16
     else:
         return (to_e4m3(vt) << 16) | (w_bits << 24)
@@ -127,11 +128,11 @@ def encode_keys(rec, k, norm, words, exact, readable, G: tl.constexpr, Q: tl.con
     kt_bits = half_bits(tl.minimum(mean * tl.rsqrt(tl.maximum(mean, 1e-37)), 65504.0))
     kt = half_pair(kt_bits)[0].to(tl.float32)
     inverse = a_thread_each(tl.where(exact, float("nan"), 1.0 / tl.where(kt > 0, kt, 1.0)), readable)
-    inverse = by_column(inverse, Q // 8)[None, :]
-    token = (rec + TOKEN).to(tl.pointer_type(tl.int32)) + tokens(G, Q // 8)
+    inverse = by_column(inverse, Q)[None, :]
+    token = (rec + TOKEN).to(tl.pointer_type(tl.int32)) + tokens(G, Q)
     tl.store(token, tl.where(exact, 0x8000, kt_bits) | words)
     k = k[0] * inverse, k[1] * inverse, k[2] * inverse, k[3] * inverse
-    low, high = extremes(k, readable, Q // 8)
+    low, high = extremes(k, readable)
     kz = low.to(tl.float16)
     low = kz.to(tl.float32)
     ks = half_upward(tl.maximum(high - low, 0.0) / top)
@@ -153,8 +154,8 @@ def mean_direction(v, norm, readable, Q: tl.constexpr):
     """Mean over tokens of the unit vectors of v, scaled so that its largest magnitude is e4m3's: [D], channels as
     flat_channels.
     """
-    weight = by_column(tl.rsqrt(tl.maximum(norm, 1e-37)), Q // 8)[None, :]
-    m = channel_sum((v[0] * weight, v[1] * weight, v[2] * weight, v[3] * weight), readable, Q // 8)
+    weight = by_column(tl.rsqrt(tl.maximum(norm, 1e-37)), Q)[None, :]
+    m = channel_sum((v[0] * weight, v[1] * weight, v[2] * weight, v[3] * weight), readable)
     return over_unit(m)[0]
 
 
@@ -169,11 +170,11 @@ def over_unit(x):
 def value_rate(v, w, m, norm, along, m_length, Q: tl.constexpr, BITS: tl.constexpr):
     """One over the rounding step of each token [G]; `along` is <V, m>, `m_length` <m, m>, `norm` <V, V>."""
     if BITS == 8:
-        of_column = by_column(w, Q // 8)[None, :]
+        of_column = by_column(w, Q)[None, :]
         top = tl.abs(v[0] - of_column * m[0][:, None])
         for i in tl.static_range(1, 4):
             top = tl.maximum(top, tl.abs(v[i] - of_column * m[i][:, None]))
-        return 0.5 / tl.maximum(by_warp(tl.max(top, axis=0), Q // 8), 1e-30)
+        return 0.5 / tl.maximum(by_warp(tl.max(top, axis=0), Q), 1e-30)
     else:
         # <Z, Z> without making Z. Where V is nearly w m that is inexact, and there the step need not be exact.
         length = tl.maximum(norm - w * (2.0 * along - w * m_length), norm * 1e-6)

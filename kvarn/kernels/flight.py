@@ -12,13 +12,15 @@ def _moves(count: int) -> str:
 
 
 @triton.constexpr_function
-def _registers(count: int, dtype: tl.dtype) -> str:
+def registers(outputs: int, inputs: int, dtype: tl.dtype) -> str:
+    """Constraints of an inline assembly; what it writes is apart from what it reads."""
     kind = "f" if dtype == tl.float32 else "r"
-    return ",".join([f"=&{kind}"] * count + [kind] * count)
+    return ",".join([f"=&{kind}"] * outputs + [kind] * inputs)
 
 
 @triton.constexpr_function
-def _types(count: int, dtype: tl.dtype) -> tuple:
+def types(count: int, dtype: tl.dtype) -> tuple:
+    """The types of an inline assembly's results."""
     return (dtype,) * count
 
 
@@ -34,7 +36,7 @@ def together(x, ASM: tl.constexpr):
     count: tl.constexpr = len(x)
     dtype: tl.constexpr = x[0].dtype
     if ASM:
-        return tl.inline_asm_elementwise(_moves(count), _registers(count, dtype), x, dtype=_types(count, dtype),
+        return tl.inline_asm_elementwise(_moves(count), registers(count, count, dtype), x, dtype=types(count, dtype),
                                          is_pure=False, pack=max(1, 32 // dtype.primitive_bitwidth))
     else:
         return x

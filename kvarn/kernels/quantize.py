@@ -44,7 +44,7 @@ def round_values(
     """The values' part of a record, of y, a tile as encode.py has it: nothing of what reading its keys takes. Returns
     what round_keys needs.
     """
-    y, norm = finite_tile(y, scale, Q // 8)
+    y, norm = finite_tile(y, scale)
     exact, found = find_exact(norm, G, Q, E)
     values = exact_columns(y, found, scale, G, Q, E)
     return values, encode_values(rec, y, norm, exact, scale, G, Q, VB, V_CODES, SCALARS, W, M), exact, found
@@ -57,7 +57,7 @@ def round_keys(
     EXACT: tl.constexpr, EXACT_AT: tl.constexpr,
 ):
     """The rest of a record, of its keys x, a tile as encode.py has it."""
-    x, norm = finite_tile(x, scale, Q // 8)
+    x, norm = finite_tile(x, scale)
     write_exact(rec, found, exact_columns(x, found, scale, G, Q, E), values, Q, E, VW, SCALARS, EXACT, EXACT_AT)
     encode_keys(rec, x, norm, words, exact, scale, G, Q, KB, K_CODES, CHANNEL, TOKEN)
 

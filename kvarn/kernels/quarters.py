@@ -31,10 +31,15 @@ def select(mask, x, y, AXIS: tl.constexpr):
 
 
 @triton.jit
+def unclean(length):
+    """Whether some of the squared lengths [R] is of a vector that may hold what finite() changes."""
+    return tl.min((length < 65504.0 * 65504.0).to(tl.int32), axis=0) == 0
+
+
+@triton.jit
 def finite_rows(x):
-    """finite() of four quarters [R, Q]; their rows' squared lengths tell whether there is anything to do."""
-    length = tl.sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3], axis=1)
-    if tl.min((length < 65504.0 * 65504.0).to(tl.int32), axis=0) == 0:
+    """finite() of four quarters [R, Q], if there is anything to do."""
+    if unclean(tl.sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3], axis=1)):
         x = finite(x[0]), finite(x[1]), finite(x[2]), finite(x[3])
     return x
 

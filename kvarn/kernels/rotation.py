@@ -60,7 +60,9 @@ def rotate_across(x, Q: tl.constexpr):
 
 @triton.jit
 def rotate_scaled_across(x, scale, Q: tl.constexpr):
-    """As rotate_across, channels first multiplied by the vector [D] float32 at `scale`: often ones."""
+    """As rotate_across, channels first multiplied by the vector [D] float32 at `scale`; if that is ones, without the
+    second product that its lower bits take.
+    """
     if tl.min((tl.load(scale + tl.arange(0, 4 * Q)) == 1.0).to(tl.int32), axis=0) > 0:
         y = rotate_across(x, Q)
     else:

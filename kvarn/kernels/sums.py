@@ -6,8 +6,8 @@ through shared memory, each to one thread, whose sum needs no exchange (or to tw
 16 numbers or there are more threads than rows). By Triton's own reduction every thread exchanges with others in its
 warp, then with those of other warps, and in the end all have the result and would all go on with it.
 
-W is the number of warps that share a tile's tokens, as configs.fill has it: one for every eight channels of a quarter.
-With another number of warps the results are the same but for the order of sums, and rows are shared out among warps.
+This is for as many warps to share a tile's tokens as warps() says and configs.fill has. With another number the results
+are the same but for the order of sums, and rows are shared out among warps.
 """
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false  (Triton's jit is untyped)
@@ -16,7 +16,13 @@ import triton
 import triton.language as tl
 
 from kvarn.kernels.bits import exchanged, finite
-from kvarn.kernels.quarters import joined
+from kvarn.kernels.quarters import joined, unclean
+
+
+@triton.constexpr_function
+def warps(Q: int) -> int:
+    """Warps that share the tokens of a tile of quarters [Q, G]."""
+    return Q // 8
 
 
 @triton.jit
@@ -34,8 +40,9 @@ def a_thread_each(x, readable):
 
 
 @triton.jit
-def by_warp(x, W: tl.constexpr):
-    """Numbers x [G] or [P, G] of a tile's tokens as [G] or [G, P], those of one of its W warps together."""
+def by_warp(x, Q: tl.constexpr):
+    """Numbers x [G] or [P, G] of a tile's tokens as [G] or [G, P], those of a warp together."""
+    W: tl.constexpr = warps(Q)
     G: tl.constexpr = x.shape[len(x.shape) - 1]
     if len(x.shape) == 1:
         return tl.reshape(tl.permute(tl.reshape(x, (G // (8 * W), W, 8)), (1, 0, 2)), (G,))
@@ -45,16 +52,17 @@ def by_warp(x, W: tl.constexpr):
 
 
 @triton.jit
-def by_column(x, W: tl.constexpr):
+def by_column(x, Q: tl.constexpr):
     """Numbers [G] by_warp in the order of the tile's columns."""
+    W: tl.constexpr = warps(Q)
     G: tl.constexpr = x.numel
     return tl.reshape(tl.permute(tl.reshape(x, (W, G // (8 * W), 8)), (1, 0, 2)), (G,))
 
 
 @triton.jit
-def tokens(G: tl.constexpr, W: tl.constexpr):
+def tokens(G: tl.constexpr, Q: tl.constexpr):
     """The tokens of numbers by_warp."""
-    return exchanged(by_warp(tl.arange(0, G), W))
+    return exchanged(by_warp(tl.arange(0, G), Q))
 
 
 @triton.jit
@@ -71,27 +79,30 @@ def folded(x):
 
 
 @triton.jit
-def token_sum(x, readable, W: tl.constexpr):
-    """[G] by_warp: x summed over channels: four quarters [Q, G], or a tuple of what of them is `folded`, [8, G]."""
-    if len(x) == 4:
-        Q: tl.constexpr = x[0].shape[0]
-        G: tl.constexpr = x[0].shape[1]
-        y = tl.permute(tl.reshape(joined(x), (Q // 8, 8, G, 4)), (1, 2, 0, 3))
-        y = tl.sum(tl.reshape(y, (8, G, Q // 2)), axis=2)
-    else:
-        y = x[0]
-    return tl.sum(a_thread_each(by_warp(y, W), readable), axis=1)
+def folded4(x):
+    """Of four quarters [Q, G], all in one sum: [8, G]."""
+    Q: tl.constexpr = x[0].shape[0]
+    G: tl.constexpr = x[0].shape[1]
+    y = tl.permute(tl.reshape(joined(x), (Q // 8, 8, G, 4)), (1, 2, 0, 3))
+    return tl.sum(tl.reshape(y, (8, G, Q // 2)), axis=2)
 
 
 @triton.jit
-def finite_tile(x, readable, W: tl.constexpr):
+def token_sum(x, readable, Q: tl.constexpr):
+    """[G] by_warp: what of a tile is `folded`, [8, G], summed over the rest of the channels."""
+    return tl.sum(a_thread_each(by_warp(x, Q), readable), axis=1)
+
+
+@triton.jit
+def finite_tile(x, readable):
     """finite() of four quarters [Q, G], and their tokens' squared lengths [G] by_warp, which tell whether there is
     anything to do.
     """
-    length = token_sum(squares(x), readable, W)
-    if tl.min((length < 65504.0 * 65504.0).to(tl.int32), axis=0) == 0:
+    Q: tl.constexpr = x[0].shape[0]
+    length = token_sum(folded4(squares(x)), readable, Q)
+    if unclean(length):
         x = finite(x[0]), finite(x[1]), finite(x[2]), finite(x[3])
-        length = token_sum(squares(x), readable, W)
+        length = token_sum(folded4(squares(x)), readable, Q)
     return x, length
 
 
@@ -102,10 +113,11 @@ def squares(x):
 
 
 @triton.jit
-def of_thread(x, W: tl.constexpr):
-    """x [Q, G] with the columns of one thread together: [Q, 4 W, G / 4 W]."""
+def of_thread(x):
+    """x [Q, G] with the columns of one thread together: [Q, 4 W, G / 4 W] for W warps."""
     Q: tl.constexpr = x.shape[0]
     G: tl.constexpr = x.shape[1]
+    W: tl.constexpr = warps(Q)
     x = tl.permute(tl.reshape(x, (Q, G // (8 * W), 4 * W, 2)), (0, 2, 1, 3))
     return tl.reshape(x, (Q, 4 * W, G // (4 * W)))
 
@@ -117,19 +129,19 @@ def channel_rows(x):
 
 
 @triton.jit
-def channel_sum(x, readable, W: tl.constexpr):
+def channel_sum(x, readable):
     """[4 Q], of flat_channels: four quarters [Q, G] summed over tokens."""
-    y = (tl.sum(of_thread(x[0], W), axis=2), tl.sum(of_thread(x[1], W), axis=2),
-         tl.sum(of_thread(x[2], W), axis=2), tl.sum(of_thread(x[3], W), axis=2))
+    y = (tl.sum(of_thread(x[0]), axis=2), tl.sum(of_thread(x[1]), axis=2),
+         tl.sum(of_thread(x[2]), axis=2), tl.sum(of_thread(x[3]), axis=2))
     return tl.sum(a_thread_each(channel_rows(y), readable), axis=1)
 
 
 @triton.jit
-def extremes(x, readable, W: tl.constexpr):
+def extremes(x, readable):
     """[4 Q] each, of flat_channels: least and greatest over tokens of four quarters [Q, G], of what is a number."""
     low, high = (), ()
     for i in tl.static_range(4):
-        y = of_thread(x[i], W)
+        y = of_thread(x[i])
         low, high = low + (tl.min(y, axis=2),), high + (tl.max(y, axis=2),)
     return (tl.min(a_thread_each(channel_rows(low), readable), axis=1),
             tl.max(a_thread_each(channel_rows(high), readable), axis=1))

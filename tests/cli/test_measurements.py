@@ -55,6 +55,8 @@ def test_a_view_of_instructions_is_summed(monkeypatch):
     assert (found["shared_wavefronts"], found["shared_ideal"]) == (8, 2)
     with pytest.raises(ValueError, match="Address"):
         stalls.summed("==ERROR== no counters")
+    with pytest.raises(ValueError, match="Address"):
+        stalls.summed(VIEW[:VIEW.index('"0x10"')])
 
 
 def test_a_view_without_spills_has_no_column_of_them(monkeypatch):

@@ -1,5 +1,7 @@
 """How the kernels of a decode are launched, for compiled.py."""
 
+from dataclasses import replace
+
 import torch
 
 from kvarn.kernels import combine, configs, decode
@@ -22,6 +24,7 @@ def launches(dim: int, capability: int) -> dict:
         "paged": tiles(layout, 8, capability, PAGED=True),
         "verify": tiles(layout, 16, capability, PAGED=True, ROWS=True),
         "softcap": tiles(layout, 8, capability, PAGED=True, SOFTCAP=True),
+        "decode_exact": tiles(PagedLayout(replace(layout.spec, exact_rows=4), dim, torch.bfloat16), 8, capability),
         "combine": combine_of(99), "combine_some": combine_of(16), "combine_few": combine_of(4),
     }
 

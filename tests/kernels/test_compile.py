@@ -13,7 +13,8 @@ CASES = {"sm_80": ["fill-128", "pages-128", "decode-128", "masked-128", "paged-1
          "sm_90": ["fill-128", "fill-64", "fill-256", "pages-128", "rope_pages-128", "rope_heads-128",
                    "write-128", "raw_write-128", "unpack-128", "paged_unpack-128", "combine-128",
                    "combine_some-128", "combine_few-128", "combine_few-256",
-                   "decode-128", "masked-128", "paged-128", "verify-128", "softcap-128", "decode-64",
+                   "decode-128", "masked-128", "paged-128", "verify-128", "softcap-128", "decode_exact-128",
+                   "decode-64",
                    "masked-64", "paged-64", "decode-256",
                    "chunk-64", "chunk-128", "chunk_bias-128", "chunk_turns-128", "chunk-256",
                    "sights1-128", "sights4-128", "lists-128", "extent1-128", "extent2-128", "extent4-128"]}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvarn.kernels import configs
+from kvarn.kernels import configs, sums
 from kvarn.layout import StoreLayout
 from kvarn.spec import PRESETS
 
@@ -32,3 +32,8 @@ def test_blocks_of_query_rows(dim, queries, block):
     layout = StoreLayout(PRESETS["k4v2_g128"], dim, torch.bfloat16)
     config = configs.decode(4, 8, 64, queries, layout, 132)
     assert config.block == block and (config.num_warps < 4 or block == 8)
+
+
+@pytest.mark.parametrize("dim", configs.HEAD_DIMS)
+def test_tiles_are_rounded_by_the_warps_that_sums_are_for(dim):
+    assert configs.fill(dim, 128, 90)[0] == sums.warps(dim // 4)
